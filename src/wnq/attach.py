@@ -1,0 +1,296 @@
+"""Attaching a plan to a model: a parametrization on each weight, a hook before each input, nothing else changes.
+
+The layers keep their classes, the model keeps its forward, the user keeps the training loop.
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from wnq.plan import INDEX_INPUT, LayerPlan, Plan, channel_axis
+from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, check_finite
+
+ORIGINAL = "parametrizations.weight.original"
+"""Where a prepared layer keeps its float weight, relative to the layer."""
+
+
+def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Attach a plan to a model, in place, and return the model. Train it as before.
+
+    Everything is checked before anything is changed. Learned parameters of weight quantizers start from the weights as they are
+    now; input quantizers with a learned range start at the first batch in training mode (or at :func:`calibrate_`).
+
+    Raises:
+        ValueError: the plan names a layer that the model lacks or whose weight has another shape, the model is quantized already,
+            or a weight holds NaN or infinity (with the layer's name).
+    """
+    layers = {entry.name: _checked_layer(model, entry) for entry in plan.layers}
+    quantizers: dict[str, Quantizer] = {}
+    for entry in plan.layers:
+        layer = layers[entry.name]
+        if entry.method.weight is not None:
+            quantizer = quantizers.get(entry.tied_to or "")
+            if quantizer is None:
+                quantizer = entry.method.weight(cast(Tensor, layer.weight).detach(), cast(int, channel_axis(layer)))
+            quantizers[entry.name] = quantizer
+            attach_weight_(layer, quantizer)
+        attach_input_(layer, entry)
+    set_plan_(model, plan)
+    return model
+
+
+def set_plan_(model: nn.Module, plan: Plan) -> None:
+    """Remember the plan on the model, where saving finds it."""
+    object.__setattr__(model, "wnq_plan", plan)
+
+
+def get_plan(model: nn.Module) -> Plan:
+    """Return the plan that a model was quantized by.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    plan = getattr(model, "wnq_plan", None) or getattr(getattr(model, "module", None), "wnq_plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{type(model).__name__} carries no plan: quantize it first, quantize_(model, make_plan(model, method)).")
+    return plan
+
+
+def _checked_layer(model: nn.Module, entry: LayerPlan) -> nn.Module:
+    modules = dict(model.named_modules())
+    layer = modules.get(entry.name)
+    if layer is None:
+        close = difflib.get_close_matches(entry.name, modules, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"the plan names layer {entry.name!r}, which {type(model).__name__} does not have.{hint}")
+    if channel_axis(layer) is None:
+        raise ValueError(f"layer {entry.name!r} is a {type(layer).__name__}, whose weight cannot be quantized; mend the plan.")
+    if parametrize.is_parametrized(layer) or hasattr(layer, "input_quantizer"):
+        raise ValueError(f"layer {entry.name!r} is quantized already; quantize_ works on a float model, once.")
+    weight = cast(Tensor, layer.weight)
+    if tuple(weight.shape) != entry.shape:
+        raise ValueError(
+            f"layer {entry.name!r} has shape {entry.shape} in the plan but {tuple(weight.shape)} in the model; "
+            "make the plan anew with make_plan(model, method)."
+        )
+    check_finite(weight.detach(), where=f"the weight of layer {entry.name!r}")
+    return layer
+
+
+def attach_weight_(layer: nn.Module, quantizer: Quantizer) -> None:
+    """Parametrize a layer's weight, so that ``layer.weight`` is the quantized one and still pickles and loads float files."""
+    weight = cast(Tensor, layer.weight)
+    quantizer.to(weight.device)
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    type(layer).__reduce_ex__ = _reduce_parametrized  # pyright: ignore[reportAttributeAccessIssue]
+    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
+
+
+def attach_input_(layer: nn.Module, entry: LayerPlan) -> None:
+    """Give a layer the planned input quantizer, unless its input is indices."""
+    if entry.method.input is None or isinstance(layer, INDEX_INPUT):
+        return
+    layer.input_quantizer = entry.method.input().to(cast(Tensor, layer.weight).device)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    if not parametrize.is_parametrized(layer):
+        layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook. A module-level function that reads the module: deepcopy, pickle and averaging depend on it."""
+    quantizer = cast(Quantizer, module.input_quantizer)
+    x = args[0] if args else kwargs["input"]
+    if module.training:
+        quantizer.observe_(x)
+    if args:
+        return (quantizer(x), *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(x)}
+
+
+def _accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook: a checkpoint of the float model has ``weight`` where this layer has the original and quantizer states.
+
+    The learned parameters of the weight quantizer are set anew from the loaded weight; states that the file does not have keep
+    their values, so that strict loading still reports every other missing key.
+    """
+    plain, original = prefix + "weight", prefix + ORIGINAL
+    if plain not in state_dict:
+        return
+    weight = state_dict[plain]
+    if parametrize.is_parametrized(module, "weight"):
+        state_dict[original] = state_dict.pop(plain)
+        quantizer = weight_quantizer(module)
+        assert quantizer is not None
+        current = float_weight(module)
+        if weight.shape == current.shape:
+            quantizer.reset_(weight.to(current))
+        _fill(state_dict, prefix + "parametrizations.weight.0.", quantizer)
+    if isinstance(getattr(module, "input_quantizer", None), Quantizer):
+        _fill(state_dict, prefix + "input_quantizer.", cast(Quantizer, module.input_quantizer))
+
+
+def _fill(state_dict: dict[str, Any], prefix: str, quantizer: Quantizer) -> None:
+    for key, value in quantizer.state_dict().items():
+        state_dict.setdefault(prefix + key, value)
+
+
+def _reduce_parametrized(layer: nn.Module, _: int) -> tuple[Any, ...]:
+    """Pickle a parametrized layer as its plain class plus state; torch's own refusal protects a class made at run time."""
+    return _new_layer, (type(layer).__mro__[1],), dict(layer.__dict__), None, None, _restore_parametrized
+
+
+def _new_layer(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _restore_parametrized(layer: nn.Module, state: dict[str, Any]) -> None:
+    state = dict(state)
+    modules = dict(state["_modules"])
+    parametrizations = modules.pop("parametrizations")
+    state["_modules"] = modules
+    layer.__setstate__(state)
+    for name, chain in parametrizations.items():
+        setattr(layer, name, chain.original)
+        for quantizer in chain:
+            parametrize.register_parametrization(layer, name, quantizer, unsafe=True)
+    type(layer).__reduce_ex__ = _reduce_parametrized  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def weight_quantizer(layer: nn.Module) -> Quantizer | None:
+    """Return the quantizer of a layer's weight: the attached one, or a frozen layer's codebook; None for a float layer."""
+    if parametrize.is_parametrized(layer, "weight"):
+        quantizer = cast(Any, layer).parametrizations.weight[0]
+        return quantizer if isinstance(quantizer, Quantizer) else None
+    frozen = getattr(layer, "weight_quantizer", None)
+    return frozen if isinstance(frozen, Quantizer) else None
+
+
+def float_weight(layer: nn.Module) -> Tensor:
+    """Return what a layer's quantizer reads: the trained float weight, or a frozen layer's values."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return cast(Any, layer).parametrizations.weight.original
+    return cast(Tensor, layer.weight)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
+    """Yield ``(name, layer, weight quantizer)``, in order; a weight that several layers share comes once."""
+    seen: set[int] = set()
+    for name, layer in model.named_modules():
+        quantizer = weight_quantizer(layer)
+        if quantizer is not None and id(float_weight(layer)) not in seen:
+            seen.add(id(float_weight(layer)))
+            yield name, layer, quantizer
+
+
+def input_signs(model: nn.Module) -> dict[str, str]:
+    """Return layer -> ``signed``, ``unsigned`` or ``first batch decides``, for the plan's table."""
+    words = {True: "signed", False: "unsigned", None: "first batch decides"}
+    return {
+        name: words[getattr(layer.input_quantizer, "signed", None)]
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "input_quantizer", None), Quantizer)
+    }
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that belong to quantizers (steps, clips, scales), each once."""
+    owned = {id(p): p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    return list(owned.values())
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    quantizer_lr: float | None = None,
+    quantizer_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Split the parameters for an optimizer: the model's own, and the quantizers' with a rate and decay of their own.
+
+    Names do not tell them apart (a prepared weight ends in ``original``), so use this instead of rules on names.
+
+    Args:
+        model: a float or quantized model.
+        lr: learning rate of the model's parameters.
+        weight_decay: their decay.
+        quantizer_lr: learning rate of the quantizers' parameters; None: the same.
+        quantizer_weight_decay: their decay; PACT wants that of the weights, learned steps want 0.
+    """
+    special = quantizer_parameters(model)
+    ids = {id(p) for p in special}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": lr, "weight_decay": weight_decay}]
+    if special:
+        rate = lr if quantizer_lr is None else quantizer_lr
+        groups.append({"params": special, "lr": rate, "weight_decay": quantizer_weight_decay})
+    return groups
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, *inputs: Any, **named_inputs: Any) -> nn.Module:
+    """Start every input quantizer from one batch, in place, leaving all other state (BatchNorm, dropout) alone.
+
+    Training does the same at its first batch; call this before evaluating an untrained model or to avoid one recompilation.
+
+    Raises:
+        ValueError: the model's output is not finite, as happens with BatchNorm statistics that were never trained.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for module in model.modules():
+            if isinstance(getattr(module, "input_quantizer", None), Quantizer):
+                module.training = True
+        output = model(*inputs, **named_inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        raise ValueError(
+            "calibration gave NaN or infinite outputs. Train the float model first (fresh BatchNorm statistics diverge), "
+            "or calibrate with real inputs."
+        )
+    return model
+
+
+def _detach_weight_(layer: nn.Module) -> None:
+    """Give a layer its float weight and its own class back.
+
+    torch's ``remove_parametrizations`` deletes the property from the run-time class, which every deepcopy of the layer shares.
+    """
+    original = float_weight(layer)
+    layer.__class__ = type(layer).__mro__[1]
+    del layer.parametrizations
+    layer.weight = cast(nn.Parameter, original)
+
+
+@torch.no_grad()
+def freeze_(model: nn.Module) -> nn.Module:
+    """Replace every prepared weight by its quantized values, in place: same outputs, no rounding at run time, no training.
+
+    The layers keep their codebooks, so a frozen model can still be packed, exported and analysed.
+    """
+    stored = {name: quantizer.quantize(float_weight(layer)) for name, layer, quantizer in quantized_layers(model)}
+    values = {id(float_weight(model.get_submodule(name))): quantized for name, quantized in stored.items()}
+    for layer in list(model.modules()):
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        quantizer = weight_quantizer(layer)
+        quantized = values.get(id(float_weight(layer)))
+        if quantizer is None or quantized is None:
+            continue
+        _detach_weight_(layer)
+        attach_codebook_(layer, quantized, quantizer.bits)
+    for name, quantized in stored.items():
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        weight.copy_(quantized.dequantize())
+    return model
+
+
+def attach_codebook_(layer: nn.Module, quantized: Quantized, bits: int) -> None:
+    """Remember the grid of a frozen layer, whose weight already holds quantized values."""
+    layer.weight_quantizer = CodebookQuantizer(quantized.levels, quantized.scale, bits, quantized.axis)

@@ -1,0 +1,211 @@
+"""Batches from images held in memory: shuffled, augmented and normalised in tensor code, without worker processes.
+
+All randomness of an epoch is a function of ``(seed, epoch)``, drawn for the whole (global) epoch at once; a step takes its
+part. So a run resumed at any step sees the same batches as one that was never stopped, and the ranks of a distributed
+run see together what a single process sees.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wnq.data.images import PIXEL_MAX, ImageData
+
+PAD_MODES = ("reflect", "zero")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image, drawn for each image in each epoch.
+
+    Attributes:
+        crop_padding: pixels added on every side before a crop of the original size is taken at a random place.
+        flip: mirror left to right, half of the time.
+        pad_mode: what the added pixels are, ``reflect`` (the image mirrored at its edge) or ``zero`` (black).
+
+    Raises:
+        ValueError: a negative padding or an unknown ``pad_mode``.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    pad_mode: str = "reflect"
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}")
+        if self.pad_mode not in PAD_MODES:
+            raise ValueError(f"pad_mode must be one of {', '.join(PAD_MODES)}, got {self.pad_mode!r}")
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The random draws of one epoch, one entry per position in the order of the epoch, on the device of the images."""
+
+    order: Tensor
+    down: Tensor
+    right: Tensor
+    flip: Tensor
+
+
+class Batches:
+    """Batches of one split, moved to ``device`` once as uint8 and turned to normalised floats batch by batch.
+
+    Args:
+        data: the split.
+        batch_size: images per step over all ranks together.
+        mean: per channel, in units of the pixel range (0 to 1).
+        std: per channel, same units, greater than 0.
+        augment: random crops and flips; None leaves the images as they are.
+        shuffle: a new order every epoch; otherwise the order of ``data``.
+        seed: of order and augmentation.
+        device: where the images live and the batches appear.
+        rank: which share of each batch this process takes, in ``[0, world_size)``.
+        world_size: number of processes that share each batch.
+        drop_last: leave out the last batch of an epoch if it is not full. Otherwise the ranks share it as evenly as they
+            can; a rank gets an empty one when there are fewer images than ranks.
+        channels_last: memory format of the images.
+        dtype: of the images returned; they are normalised in float32.
+
+    Raises:
+        ValueError: ``batch_size`` is not a positive multiple of ``world_size``, or any other argument does not fit.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        _, channels, height, width = data.images.shape
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
+        if batch_size <= 0 or batch_size % world_size:
+            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
+        if len(data) == 0:
+            raise ValueError("the split holds no images")
+        if drop_last and len(data) < batch_size:
+            raise ValueError(f"drop_last leaves no batch: batch_size is {batch_size} but there are {len(data)} images")
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(f"mean and std need {channels} values, one per channel, got {len(mean)} and {len(std)}")
+        if min(std) <= 0:
+            raise ValueError(f"std must be greater than 0 in every channel, got {tuple(std)}")
+        if augment is not None and augment.pad_mode == "reflect" and augment.crop_padding >= min(height, width):
+            raise ValueError(
+                f"crop_padding {augment.crop_padding} must be less than the image size {height}x{width} to be filled by "
+                "reflection"
+            )
+        self.batch_size = batch_size
+        self.augment = augment
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.classes = data.classes
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._images = data.images.to(self.device)
+        self._labels = data.labels.to(self.device)
+        std_column = torch.tensor(list(std), dtype=torch.float64).view(1, channels, 1, 1)
+        mean_column = torch.tensor(list(mean), dtype=torch.float64).view(1, channels, 1, 1)
+        self._gain = (1 / (PIXEL_MAX * std_column)).to(self.device, torch.float32)
+        self._offset = (-mean_column / std_column).to(self.device, torch.float32)
+        self._rows = torch.arange(height, device=self.device)
+        self._columns = torch.arange(width, device=self.device)
+
+    def __len__(self) -> int:
+        """Return the number of images in the split, over all ranks."""
+        return self._images.shape[0]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch, the same on every rank."""
+        return len(self) // self.batch_size if self.drop_last else -(-len(self) // self.batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the batches of one epoch from ``start_step`` on.
+
+        Args:
+            epoch: number of the epoch; with ``seed`` it determines order and augmentation.
+            start_step: batches to pass over, in ``[0, steps_per_epoch]``.
+
+        Returns:
+            An iterator of (images ``(B, C, H, W)`` normalised float, labels ``(B,)`` int64), where ``B`` is this rank's
+            share of the batch.
+
+        Raises:
+            ValueError: ``start_step`` is out of range.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
+        return self._iterate(self._draw(epoch), start_step)
+
+    def _iterate(self, drawn: _Epoch, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start_step, self.steps_per_epoch):
+            first = step * self.batch_size
+            count = min(self.batch_size, len(self) - first)
+            mine = slice(
+                first + count * self.rank // self.world_size, first + count * (self.rank + 1) // self.world_size
+            )
+            chosen = drawn.order[mine]
+            images = self._images.index_select(0, chosen)
+            if self.augment is not None:
+                images = self._crop_and_flip(images, drawn.down[mine], drawn.right[mine], drawn.flip[mine])
+            yield self._normalize(images), self._labels.index_select(0, chosen)
+
+    def _draw(self, epoch: int) -> _Epoch:
+        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+        # On the CPU, whatever the device: the same seed gives the same batches everywhere.
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        augment = self.augment or Augment()
+        count = len(self)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        shift = torch.randint(-augment.crop_padding, augment.crop_padding + 1, (2, count), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        flip = mirrored if augment.flip else torch.zeros_like(mirrored)
+        return _Epoch(*(draw.to(self.device) for draw in (order, shift[0], shift[1], flip)))
+
+    def _crop_and_flip(self, images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
+        """Gather every output pixel from where it comes from: pad, crop and flip in one pass over uint8."""
+        if self.augment is None or not (self.augment.crop_padding or self.augment.flip):
+            return images
+        batch, channels, height, width = images.shape
+        columns = torch.where(flip[:, None], width - 1 - self._columns, self._columns) + right[:, None]
+        rows = self._rows + down[:, None]
+        source = _mirror(rows, height)[:, :, None] * width + _mirror(columns, width)[:, None, :]
+        source = source.view(batch, 1, height * width).expand(batch, channels, height * width)
+        cropped = images.view(batch, channels, height * width).gather(2, source).view_as(images)
+        if self.augment.pad_mode == "zero" and self.augment.crop_padding:
+            inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+            cropped.mul_(inside[:, None])
+        return cropped
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return (
+            images.to(torch.float32)
+            .mul_(self._gain)
+            .add_(self._offset)
+            .to(self.dtype)
+            .contiguous(memory_format=self._memory_format)
+        )
+
+
+def _mirror(position: Tensor, size: int) -> Tensor:
+    """Fold positions outside ``[0, size)`` back in, the edge pixel not repeated, and clamp what lies further out."""
+    return (size - 1 - (size - 1 - position.abs()).abs()).clamp_(0, size - 1)

@@ -1,0 +1,178 @@
+"""Uniform quantization with a learned step, for weights and activations (LSQ), and its fast backward pass."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wnq.quantizer import Quantized, Quantizer, check_bits, check_finite, compute_dtype
+from wnq.ste import grad_scale
+
+Bound = float | Tensor
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of one shape; one BLAS pass where their memory layouts agree."""
+    if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
+        if a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1))
+        if a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+            return torch.dot(a.permute(0, 2, 3, 1).reshape(-1), b.permute(0, 2, 3, 1).reshape(-1))
+    return (a * b).sum(dtype=compute_dtype(a))
+
+
+class RoundToStep(torch.autograd.Function):
+    r"""``step * round(clamp(x / step, low, high))`` with LSQ's gradients, in few passes over memory.
+
+    With v = x/step, the gradient of the step is :math:`\sum g (\bar v - v)` inside the bounds and :math:`\sum g\,\bar v`
+    outside. Since the output is :math:`y = \bar v\,step` and the input's gradient is :math:`d = g` inside and 0 outside,
+    it equals :math:`(\langle g, y\rangle - \langle d, x\rangle) / step`: two inner products, nothing else saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+        exact = x.to(compute_dtype(x))
+        if isinstance(low, Tensor) or torch.compiler.is_compiling():
+            value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        else:
+            value = (exact / step).clamp_(low, high).round_().mul_(step).to(x.dtype)
+        bounds = (low, high) if isinstance(low, Tensor) else ()
+        ctx.save_for_backward(x, value, step, *bounds)
+        ctx.bounds = (low, high)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, value, step, *bounds = ctx.saved_tensors
+        low, high = bounds or ctx.bounds
+        scaled = x.to(compute_dtype(x)) / step
+        if bounds or torch.compiler.is_compiling():
+            grad_x = torch.where((scaled > low) & (scaled < high), grad, 0)
+        else:
+            grad_x = torch.ops.aten.hardtanh_backward(grad, scaled.to(grad.dtype), low, high)
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            grad_step = ((_inner(grad, value) - _inner(grad_x, x)) / step).to(step.dtype).reshape(step.shape)
+        return grad_x, grad_step, None, None
+
+
+class LearnedStep(Quantizer):
+    r"""Learned step size quantization: :math:`\hat v = s \cdot \mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`.
+
+    Gradients: :math:`d\hat v/dv = 1` strictly inside the clip range, 0 outside; :math:`d\hat v/ds = \bar v - v/s` inside,
+    :math:`-Q_n` or :math:`Q_p` outside, multiplied by :math:`1/\sqrt{N Q_p}` with N the number of weights, or of features
+    of one sample. Signed: :math:`Q_n = 2^{k-1}`, :math:`Q_p = 2^{k-1}-1`; unsigned: 0 and :math:`2^k-1`. The step starts at
+    :math:`2\,\mathrm{mean}|v| / \sqrt{Q_p}`.
+
+    As an input quantizer it meets its first batch in :meth:`observe_`: that batch sets the step and decides the sign: unsigned
+    if no value is negative (after a ReLU), signed otherwise. All processes of a distributed job decide together.
+
+    Args:
+        bits: 1 to 8; a weight needs at least 2, because one signed bit has no positive level.
+        is_weight: the tensor is a weight (signed, initialised by :meth:`reset_`) rather than an activation.
+
+    References:
+        S. K. Esser et al., Learned Step Size Quantization, arXiv:1902.08153, ICLR 2020, Eq. 1-5.
+
+    Differences from the paper: whether activations are signed is decided from data instead of by layer; a first batch of
+    zeros starts the step at ``1 / Q_p``; N counts the features of one sample, so batch size and number of processes do not matter.
+    """
+
+    step: nn.Parameter
+    offset: Tensor
+    initialized: Tensor
+
+    def __init__(self, bits: int, *, is_weight: bool) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, where="bits of a learned-step weight" if is_weight else "bits", low=2 if is_weight else 1)
+        self.is_weight = is_weight
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("offset", torch.tensor(float(2 ** (bits - 1)) if is_weight else 0.0))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._ready = False
+        self._signed: bool | None = True if is_weight else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the step has its starting value."""
+        if not self._ready and not torch.compiler.is_compiling():
+            self._ready = bool(self.initialized)
+        return self._ready
+
+    @property
+    def signed(self) -> bool | None:
+        """Whether negative values have levels; None before the first batch."""
+        if self._signed is None and not torch.compiler.is_compiling() and self.ready:
+            self._signed = bool(self.offset > 0)
+        return self._signed
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = False
+        self._signed = True if self.is_weight else None
+
+    @torch.no_grad()
+    def _start_(self, magnitude: Tensor, high: Tensor | float) -> None:
+        high = torch.as_tensor(high, dtype=magnitude.dtype, device=magnitude.device).clamp(min=1)
+        start = torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high)
+        self.step.data.copy_(start)
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def reset_(self, x: Tensor) -> None:
+        """Start a weight's step from the weight."""
+        if self.is_weight:
+            self._start_(x.detach().abs().mean().to(compute_dtype(x)), float(2 ** (self.bits - 1) - 1))
+
+    @torch.no_grad()
+    def observe_(self, x: Tensor) -> None:
+        """Set step and sign from the first batch; later batches change nothing."""
+        if self.is_weight or self.ready:
+            return
+        exact = x.detach().to(compute_dtype(x))
+        magnitude = exact.abs().mean()
+        negative = (exact < 0).any().to(exact.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(magnitude)
+            magnitude /= dist.get_world_size()
+            dist.all_reduce(negative, op=dist.ReduceOp.MAX)
+        self.offset.copy_(negative * 2 ** (self.bits - 1))
+        self._start_(magnitude, 2**self.bits - 1 - self.offset.to(magnitude.dtype))
+
+    def _bounds(self) -> tuple[Bound, Bound]:
+        if self.signed is None:
+            return -self.offset, 2**self.bits - 1 - self.offset
+        low = -float(2 ** (self.bits - 1)) if self.signed else 0.0
+        return low, low + 2**self.bits - 1
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            raise RuntimeError(
+                "this quantizer has no step yet: run one batch in training mode first, "
+                "or call wnq.calibrate_(model, batch)."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rounded values."""
+        self._check_ready()
+        low, high = self._bounds()
+        peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
+        features = x.numel() if self.is_weight else x.numel() // max(1, x.shape[0] if x.ndim else 1)
+        step = grad_scale(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
+        return RoundToStep.apply(x, step, low, high)  # pyright: ignore[reportReturnType]
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> Quantized:
+        """Return codes, integer levels from -Qn to Qp, and the step."""
+        self._check_ready()
+        check_finite(x, where="the tensor to quantize")
+        step = self.step.detach().to(compute_dtype(x))
+        integers = torch.clamp(x.to(step.dtype) / step, *self._bounds()).round()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        levels = torch.arange(2**self.bits, device=x.device, dtype=step.dtype) - self.offset
+        return Quantized((integers + self.offset).to(torch.uint8), levels, step.clone(), self.axis)
+
+    def extra_repr(self) -> str:
+        """Show width and sign in ``print(model)``."""
+        sign = {True: "signed", False: "unsigned", None: "sign decided by the first batch"}[self.signed]
+        return f"bits={self.bits}, {sign}"

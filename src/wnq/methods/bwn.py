@@ -1,0 +1,73 @@
+"""BWN: binary weights with the least-squares scale of each filter."""
+
+import torch
+from torch import Tensor
+
+from wnq.activations import input_builder
+from wnq.methods import Method, register
+from wnq.normalizers import reduced_dims
+from wnq.quantizer import Quantized, Quantizer, check_finite, compute_dtype
+from wnq.ste import straight_through
+
+
+class ScaledSign(Quantizer):
+    r"""One bit: :math:`w_q = E\,\mathrm{sign}(w)` with E = mean|w| under stop-gradient; dw_q/dw = 1.
+
+    Args:
+        granularity: one mean a ``"tensor"`` (DoReFa-Net) or one an output ``"channel"`` (XNOR-Net).
+        axis: output-channel dimension.
+    """
+
+    bits = 1
+
+    def __init__(self, granularity: str, axis: int = 0) -> None:
+        super().__init__()
+        self.granularity = granularity
+        self.axis = axis
+
+    def _scale(self, w: Tensor) -> Tensor:
+        """Mean absolute value, ``()`` or broadcastable per channel."""
+        magnitude = w.detach().abs()
+        if self.granularity == "tensor":
+            return magnitude.mean()
+        return magnitude.mean(reduced_dims(w, self.granularity, self.axis), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ±mean|w|."""
+        w = x.to(compute_dtype(x))
+        return straight_through(torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * self._scale(w), w).to(x.dtype)
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> Quantized:
+        """Return codes 0 and 1 for levels -1 and +1."""
+        check_finite(x, where="the weight to quantize")
+        w = x.to(compute_dtype(x))
+        scale = self._scale(w).reshape(() if self.granularity == "tensor" else (-1,))
+        return Quantized((w >= 0).to(torch.uint8), torch.tensor([-1.0, 1.0], dtype=w.dtype, device=w.device), scale, self.axis)
+
+
+@register(paper="arXiv:1603.05279", fixed_w_bits=1)
+def bwn(a_bits: int = 32, *, activation: str = "lsq") -> Method:
+    r"""One bit a weight: the sign times the filter's mean absolute value.
+
+    Forward: :math:`w_q = \alpha\,\mathrm{sign}(w)`, :math:`\alpha = \mathrm{mean}|w|` for each output channel, which minimises
+    :math:`\lVert w - \alpha\,\mathrm{sign}(w)\rVert`. Gradient: dw_q/dw = 1, alpha under stop-gradient.
+
+    Args:
+        a_bits: width of the inputs, 1 to 8, or 32 (the paper's BWN).
+        activation: input quantizer where ``a_bits`` is below 32.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: a width or name out of range.
+
+    References:
+        M. Rastegari et al., XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks,
+        arXiv:1603.05279, ECCV 2016, Sec. 3.1.
+
+    Differences from the paper: the gradient is the identity that the authors' and most later code uses, not
+    :math:`1/n + \alpha\,1_{|w| \le 1}` of the text.
+    """
+    return Method(weight=lambda _, axis: ScaledSign("channel", axis), input=input_builder(activation, a_bits))

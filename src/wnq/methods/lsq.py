@@ -1,0 +1,44 @@
+"""LSQ: a learned step for weights and inputs."""
+
+from torch import Tensor
+
+from wnq.activations import input_builder
+from wnq.learned_step import LearnedStep
+from wnq.methods import Method, register
+from wnq.quantizer import FLOAT_BITS
+
+
+@register(paper="arXiv:1902.08153")
+def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
+    r"""Learn the step of every layer's weights and inputs along with the weights.
+
+    Forward: :math:`\hat v = s\,\mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`, signed for weights.
+    Gradient: :math:`d\hat v/dv = 1` inside the clip range; :math:`d\hat v/ds = \bar v - v/s` inside, the bound outside, multiplied by
+    :math:`1/\sqrt{N Q_p}`.
+
+    Args:
+        w_bits: width of the weights, 2 to 8 (one signed bit has no positive level), or 32.
+        a_bits: width of the inputs, 1 to 8, or 32.
+        activation: ``"lsq"`` is the paper's.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: a width or name out of range.
+
+    References:
+        S. K. Esser et al., Learned Step Size Quantization, arXiv:1902.08153, ICLR 2020.
+
+    Differences from the paper: see :class:`wnq.learned_step.LearnedStep`.
+    """
+    if w_bits != FLOAT_BITS:
+        LearnedStep(w_bits, is_weight=True)
+
+    def build(weight: Tensor, axis: int) -> LearnedStep:
+        quantizer = LearnedStep(w_bits, is_weight=True).to(weight.device)
+        quantizer.axis = axis
+        quantizer.reset_(weight)
+        return quantizer
+
+    return Method(weight=build if w_bits != FLOAT_BITS else None, input=input_builder(activation, a_bits))
