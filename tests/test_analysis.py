@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wnq.tails
+from wnq.analysis import collect_evidence, layer_stats, stats_rows, weight_stats
+from wnq.attach import freeze_, quantize_
+from wnq.methods import get_method
 from wnq.normalizers import Normalized, max_abs
+from wnq.plan import make_plan
 from wnq.quantizer import CodebookQuantizer, Quantized, Uniform
 from wnq.tails import error_stats, histogram, predicted_error, tensor_stats
 
@@ -137,7 +141,9 @@ def test_error_stats_equal_numpy(granularity: str, axis: int, monkeypatch: pytes
 
 def test_uneven_codebook_has_no_law_but_an_error():
     weight = heavy(50, 4)
-    got = error_stats(weight, CodebookQuantizer(torch.tensor([-4.0, -1.0, 0.0, 1.0]), torch.tensor(0.7), 2).quantize(weight))
+    got = error_stats(
+        weight, CodebookQuantizer(torch.tensor([-4.0, -1.0, 0.0, 1.0]), torch.tensor(0.7), 2).quantize(weight)
+    )
     assert got.law_error is None
     assert 0 < got.relative_error < 1
 
@@ -190,3 +196,84 @@ def test_histogram_equals_numpy():
 def test_histogram_refuses(bins: int, limit: float | None):
     with pytest.raises(ValueError, match="bins >= 1"):
         histogram(torch.ones(3), bins, limit=limit)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ConvTranspose2d(8, 4, 3),
+        nn.Flatten(),
+        nn.Linear(16, 16),
+        nn.Linear(16, 16),
+    )
+    model[5].weight = model[4].weight
+    return model
+
+
+def test_weight_stats_lists_what_a_plan_quantizes():
+    rows = weight_stats(net())
+    assert [(r.name, r.kind, r.shape) for r in rows] == [
+        ("0", "Conv2d", (8, 3, 3, 3)),
+        ("2", "ConvTranspose2d", (8, 4, 3, 3)),
+        ("4", "Linear", (16, 16)),
+    ]
+    assert all(r.method is None and r.bits is None and r.relative_error is None for r in rows)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_layer_stats_measures_the_float_weight_and_what_the_layer_computes_with(granularity: str):
+    model = net()
+    floats = {r.name: r for r in weight_stats(model)}
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in floats}
+    method = get_method("wnq", w_bits=3, granularity=granularity)
+    quantize_(model, make_plan(model, method, first_last_bits=None))
+    rows = layer_stats(model)
+    assert [r.name for r in rows] == list(floats)
+    for row in rows:
+        assert (row.kind, row.method, row.bits) == (floats[row.name].kind, "wnq", 3)
+        assert (row.crest, row.kurtosis) == (floats[row.name].crest, floats[row.name].kurtosis)
+        w, q = weights[row.name].double(), model.get_submodule(row.name).weight.detach().double()
+        assert row.relative_error == pytest.approx(((w - q).square().sum() / w.square().sum()).item(), rel=1e-9)
+        if granularity == "tensor":
+            assert row.law_error == pytest.approx(predicted_error(3, row.crest), rel=1e-5)
+
+
+def test_layer_stats_of_a_frozen_model_finds_no_error():
+    model = net()
+    freeze_(quantize_(model, make_plan(model, get_method("wnq", w_bits=2))))
+    assert [r.relative_error for r in layer_stats(model)] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def test_nan_weight_gives_a_row_without_error_and_json_without_nan():
+    model = net()
+    quantize_(model, make_plan(model, get_method("wnq", w_bits=3)))
+    with torch.no_grad():
+        model[0].parametrizations.weight.original[0, 0, 0, 0] = math.nan
+        model[2].parametrizations.weight.original.zero_()
+    evidence = collect_evidence(model, "spoilt", bins=11, summary={"accuracy": 0.1})
+    rows = json.loads(json.dumps(stats_rows(evidence.stats), allow_nan=False))
+    assert (rows[0]["nonfinite"], rows[0]["bits"], rows[0]["relative_error"]) == (1, 8, None)
+    assert (rows[1]["crest"], rows[1]["kurtosis"], rows[1]["relative_error"], rows[1]["shape"]) == (
+        None,
+        None,
+        None,
+        [8, 4, 3, 3],
+    )
+    assert sum(evidence.histograms["0"].counts) == 8 * 27 - 1
+    assert list(evidence.levels) == ["4"]
+
+
+def test_collect_evidence_of_a_float_and_a_quantized_model():
+    model = net()
+    start = collect_evidence(model, "float", bins=31)
+    quantize_(model, make_plan(model, get_method("wnq", w_bits=3), first_last_bits=None))
+    after = collect_evidence(model, "wnq", bins=31, summary={"accuracy": 0.5})
+    assert start.histograms == after.histograms
+    assert (start.levels, after.summary) == ({}, {"accuracy": 0.5})
+    factor = after.stats[0].rescale
+    assert factor is not None
+    assert after.levels["0"] == pytest.approx(
+        [factor * after.stats[0].crest * c / 7 for c in range(-7, 8, 2)], rel=1e-5
+    )

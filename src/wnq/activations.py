@@ -9,6 +9,7 @@ from wnq.learned_step import LearnedStep, RoundToStep
 from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer, check_bits, check_finite, compute_dtype
 from wnq.ste import straight_through
 
+
 class ClippedReLU(Quantizer):
     r"""Fixed clip: :math:`y = s\,\mathrm{round}(\mathrm{clip}(x, 0, c)/s)` with :math:`s = c/(2^k-1)`; dy/dx = 1 for 0 < x < c.
 

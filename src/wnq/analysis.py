@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnq.attach import float_weight, quantized_layers
+from wnq.attach import float_weight, get_plan, quantized_layers
 from wnq.methods import get_method
 from wnq.plan import make_plan
 from wnq.quantizer import Quantized
@@ -83,16 +83,26 @@ class ModelEvidence:
 
 
 def _row(name: str, layer: nn.Module, weight: Tensor, **columns: Any) -> LayerStats:
+    # torch gives a parametrized layer a class of its own, made at run time.
+    kind = next(cls.__name__ for cls in type(layer).__mro__ if not cls.__name__.startswith("Parametrized"))
     stats = asdict(tensor_stats(weight))
     del stats["peak"]
-    return LayerStats(name, type(layer).__name__, tuple(weight.shape), **stats, **columns)
+    return LayerStats(name, kind, tuple(weight.shape), **stats, **columns)
+
+
+def _method_names(model: nn.Module) -> dict[str, str]:
+    try:
+        return {entry.name: entry.method.name for entry in get_plan(model).layers}
+    except ValueError:
+        return {}
 
 
 def _quantized_rows(model: nn.Module) -> Iterator[tuple[LayerStats, Tensor, Quantized | None]]:
+    methods = _method_names(model)
     for name, layer, quantizer in quantized_layers(model):
-        weight = float_weight(layer)
-        columns: dict[str, Any] = {"method": type(quantizer).__name__, "bits": quantizer.bits}
-        codes = quantizer.quantize(weight) if torch.isfinite(weight).all() else None
+        weight = float_weight(layer).detach()
+        columns: dict[str, Any] = {"method": methods.get(name, type(quantizer).__name__), "bits": quantizer.bits}
+        codes = quantizer.quantize(weight) if bool(torch.isfinite(weight).all()) else None
         if codes is not None:
             columns |= asdict(error_stats(weight, codes))
         yield _row(name, layer, weight, **columns), weight, codes
@@ -102,14 +112,16 @@ def _float_rows(model: nn.Module) -> Iterator[tuple[LayerStats, Tensor, None]]:
     for planned in make_plan(model, get_method("wnq")).layers:
         if planned.tied_to is None:
             layer = model.get_submodule(planned.name)
-            weight = float_weight(layer)
+            weight = float_weight(layer).detach()
             yield _row(planned.name, layer, weight), weight, None
 
 
 def layer_stats(model: nn.Module) -> list[LayerStats]:
     """Return one row for each quantized layer, tied weights once, in model order.
 
-    A weight with NaN or infinity has no codes: its row counts them and leaves the quantization columns None.
+    A weight with NaN or infinity has no codes: its row counts them and leaves the quantization columns None. The method
+    is the one in the model's plan, or the quantizer's class if the model carries none. A frozen layer has only its
+    quantized values left: analyse before :func:`wnq.attach.freeze_`.
     """
     return [row for row, _, _ in _quantized_rows(model)]
 
@@ -135,14 +147,14 @@ def _plain(value: object) -> object:
 
 
 def collect_evidence(
-    model: nn.Module, name: str, *, bins: int = 121, summary: Mapping[str, object] | None = None
+    model: nn.Module, name: str, *, bins: int | None = None, summary: Mapping[str, object] | None = None
 ) -> ModelEvidence:
     """Gather rows, histograms and levels of a model, quantized or float, for :func:`wnq.report.write_report`.
 
     Args:
         model: a quantized model, or a float one (the start that the others are compared with).
         name: how the report calls it.
-        bins: of each histogram.
+        bins: of each histogram; by default as :func:`wnq.tails.histogram` chooses.
         summary: further columns of the results table.
     """
     quantized = next(iter(quantized_layers(model)), None) is not None

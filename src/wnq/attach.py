@@ -56,7 +56,9 @@ def get_plan(model: nn.Module) -> Plan:
     """
     plan = getattr(model, "wnq_plan", None) or getattr(getattr(model, "module", None), "wnq_plan", None)
     if not isinstance(plan, Plan):
-        raise ValueError(f"{type(model).__name__} carries no plan: quantize it first, quantize_(model, make_plan(model, method)).")
+        raise ValueError(
+            f"{type(model).__name__} carries no plan: quantize it first, quantize_(model, make_plan(model, method))."
+        )
     return plan
 
 
@@ -68,7 +70,9 @@ def _checked_layer(model: nn.Module, entry: LayerPlan) -> nn.Module:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"the plan names layer {entry.name!r}, which {type(model).__name__} does not have.{hint}")
     if channel_axis(layer) is None:
-        raise ValueError(f"layer {entry.name!r} is a {type(layer).__name__}, whose weight cannot be quantized; mend the plan.")
+        raise ValueError(
+            f"layer {entry.name!r} is a {type(layer).__name__}, whose weight cannot be quantized; mend the plan."
+        )
     if parametrize.is_parametrized(layer) or hasattr(layer, "input_quantizer"):
         raise ValueError(f"layer {entry.name!r} is quantized already; quantize_ works on a float model, once.")
     weight = cast(Tensor, layer.weight)
@@ -100,7 +104,9 @@ def attach_input_(layer: nn.Module, entry: LayerPlan) -> None:
         layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _quantize_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook. A module-level function that reads the module: deepcopy, pickle and averaging depend on it."""
     quantizer = cast(Quantizer, module.input_quantizer)
     x = args[0] if args else kwargs["input"]
@@ -272,22 +278,22 @@ def _detach_weight_(layer: nn.Module) -> None:
 def freeze_(model: nn.Module) -> nn.Module:
     """Replace every prepared weight by its quantized values, in place: same outputs, no rounding at run time, no training.
 
-    The layers keep their codebooks, so a frozen model can still be packed, exported and analysed.
+    The layers keep their codebooks, so a frozen model can still be packed, exported and analysed. A float layer that shares its
+    weight with a quantized one keeps the float values.
     """
-    stored = {name: quantizer.quantize(float_weight(layer)) for name, layer, quantizer in quantized_layers(model)}
-    values = {id(float_weight(model.get_submodule(name))): quantized for name, quantized in stored.items()}
+    frozen: dict[int, tuple[nn.Parameter, Quantized]] = {}
     for layer in list(model.modules()):
-        if not parametrize.is_parametrized(layer, "weight"):
+        quantizer = weight_quantizer(layer) if parametrize.is_parametrized(layer, "weight") else None
+        if quantizer is None:
             continue
-        quantizer = weight_quantizer(layer)
-        quantized = values.get(id(float_weight(layer)))
-        if quantizer is None or quantized is None:
-            continue
+        original = float_weight(layer)
+        if id(original) not in frozen:
+            quantized = quantizer.quantize(original)
+            values = torch.empty_like(original).copy_(quantized.dequantize())
+            frozen[id(original)] = nn.Parameter(values, requires_grad=False), quantized
         _detach_weight_(layer)
+        layer.weight, quantized = frozen[id(original)]
         attach_codebook_(layer, quantized, quantizer.bits)
-    for name, quantized in stored.items():
-        weight = cast(Tensor, model.get_submodule(name).weight)
-        weight.copy_(quantized.dequantize())
     return model
 
 

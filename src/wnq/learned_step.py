@@ -13,13 +13,13 @@ Bound = float | Tensor
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape; one BLAS pass where their memory layouts agree."""
-    if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
-        if a.is_contiguous() and b.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1))
-        if a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
-            return torch.dot(a.permute(0, 2, 3, 1).reshape(-1), b.permute(0, 2, 3, 1).reshape(-1))
-    return (a * b).sum(dtype=compute_dtype(a))
+    """Inner product of two tensors of one shape, accumulated in float32 at least; one BLAS pass where their layouts agree."""
+    a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    if a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        return torch.dot(a.permute(0, 2, 3, 1).reshape(-1), b.permute(0, 2, 3, 1).reshape(-1))
+    return (a * b).sum()
 
 
 class RoundToStep(torch.autograd.Function):
@@ -36,7 +36,8 @@ class RoundToStep(torch.autograd.Function):
         if isinstance(low, Tensor) or torch.compiler.is_compiling():
             value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         else:
-            value = (exact / step).clamp_(low, high).round_().mul_(step).to(x.dtype)
+            scaled = exact / step if exact is x else exact.div_(step)
+            value = scaled.clamp_(low, high).round_().mul_(step).to(x.dtype)
         bounds = (low, high) if isinstance(low, Tensor) else ()
         ctx.save_for_backward(x, value, step, *bounds)
         ctx.bounds = (low, high)
@@ -46,11 +47,12 @@ class RoundToStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, value, step, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
-        scaled = x.to(compute_dtype(x)) / step
+        # Half-precision input stays so here: only elements within a rounding error of a bound can change sides.
+        scaled = x / step.to(x.dtype) if x.dtype != step.dtype else x / step
         if bounds or torch.compiler.is_compiling():
             grad_x = torch.where((scaled > low) & (scaled < high), grad, 0)
         else:
-            grad_x = torch.ops.aten.hardtanh_backward(grad, scaled.to(grad.dtype), low, high)
+            grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, low, high)
         grad_step = None
         if ctx.needs_input_grad[1]:
             grad_step = ((_inner(grad, value) - _inner(grad_x, x)) / step).to(step.dtype).reshape(step.shape)
@@ -85,7 +87,9 @@ class LearnedStep(Quantizer):
 
     def __init__(self, bits: int, *, is_weight: bool) -> None:
         super().__init__()
-        self.bits = check_bits(bits, where="bits of a learned-step weight" if is_weight else "bits", low=2 if is_weight else 1)
+        self.bits = check_bits(
+            bits, where="bits of a learned-step weight" if is_weight else "bits", low=2 if is_weight else 1
+        )
         self.is_weight = is_weight
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("offset", torch.tensor(float(2 ** (bits - 1)) if is_weight else 0.0))

@@ -140,7 +140,8 @@ class Plan:
                 for entry in data["layers"]
             )
             floats = tuple(
-                FloatLayer(str(e["name"]), str(e["kind"]), int(e["parameters"]), str(e["reason"])) for e in data["floats"]
+                FloatLayer(str(e["name"]), str(e["kind"]), int(e["parameters"]), str(e["reason"]))
+                for e in data["floats"]
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -205,11 +206,15 @@ def make_plan(
         if chosen is not None and chosen.weight is None and chosen.input is None:
             reason, chosen = "32 bits as asked", None
         if chosen is None:
-            floats.append(FloatLayer(name, kind, _own_parameters(module, fused=isinstance(module, FUSED)), reason or ""))
+            floats.append(
+                FloatLayer(name, kind, _own_parameters(module, fused=isinstance(module, FUSED)), reason or "")
+            )
             continue
         weight: Any = module.weight
         owner = owners.get(id(weight))
-        entry = LayerPlan(name, kind, tuple(weight.shape), owner.method if owner else chosen, owner.name if owner else None)
+        entry = LayerPlan(
+            name, kind, tuple(weight.shape), owner.method if owner else chosen, owner.name if owner else None
+        )
         owners.setdefault(id(weight), entry)
         layers.append(entry)
     if not layers:
@@ -340,11 +345,15 @@ def format_plan(plan: Plan, signs: Mapping[str, str] | None = None) -> str:
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     right = {5, 6}
     text = [
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [header, *lines]
     ]
     quantized = sum(layer.parameters for layer in plan.layers)
     total = sum(layer.size_kib for layer in plan.layers) + sum(left.size_kib for left in plan.floats)
     before = (quantized + sum(left.parameters for left in plan.floats)) * 4 / 1024
-    text.append(f"{quantized:,} weights in {len(plan.layers)} layers; {before:,.1f} KiB as float32, {total:,.1f} KiB as planned.")
+    text.append(
+        f"{quantized:,} weights in {len(plan.layers)} layers; {before:,.1f} KiB as float32, {total:,.1f} KiB as planned."
+    )
     return "\n".join(line.rstrip() for line in text)

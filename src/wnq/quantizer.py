@@ -220,9 +220,12 @@ class CodebookQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         """Return the code of the nearest codebook value (of two equally near ones, the one that sorts first)."""
         check_finite(x, where="the tensor to quantize")
+        return self._nearest(x)
+
+    def _nearest(self, x: Tensor) -> Quantized:
         book = Quantized(x, self.levels, self.scale, self.axis).codebook
         book, order = book.sort(dim=-1)
-        values = x.to(book.dtype)
+        values = x.to(book.dtype).contiguous()
         if book.ndim == 1:
             rank = torch.searchsorted((book[1:] + book[:-1]) / 2, values)
             return Quantized(order[rank].to(torch.uint8), self.levels, self.scale, self.axis)
@@ -233,4 +236,4 @@ class CodebookQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the nearest codebook values."""
-        return straight_through(self.quantize(x.detach()).dequantize().to(x.dtype), x)
+        return straight_through(self._nearest(x.detach()).dequantize().to(x.dtype), x)

@@ -85,7 +85,7 @@ class Histogram:
 def predicted_error(bits: int, crest: float, grid: str = "full") -> float:
     """Return the relative error |w - w_q|^2 / |w|^2 that the law predicts for max scaling.
 
-    A grid over [-m, m], m = max|w|, has the step D = m / N, N = 2^(k-1) - 1 (symmetric), or 2 m / M, M = 2^k - 1 (full).
+    A grid over [-m, m], m = max|w|, has the step D = m / N, N = 2^(k-1) - 1 (symmetric), or 2 m / M, M = 2^k - 1.
     If the density is flat across one step, the rounding error is uniform in [-D/2, D/2] and has variance D^2 / 12.
     Divided by the mean square (m / C)^2 this is C^2 / (12 N^2), or C^2 / (3 M^2): only width and crest factor count.
 
@@ -210,23 +210,30 @@ def error_stats(weight: Tensor, quantized: Quantized) -> ErrorStats:
     )
 
 
-def histogram(weight: Tensor, bins: int = 121, *, limit: float | None = None) -> Histogram:
+def histogram(weight: Tensor, bins: int | None = None, *, limit: float | None = None) -> Histogram:
     """Count w / rms in evenly spaced bins over [-limit, limit].
 
     Args:
         weight: any floating-point tensor; an all-zero one counts into the middle bin.
-        bins: at least 1; an odd number puts a bin astride zero.
-        limit: half the range in units of rms; by default the crest factor, so that nothing lies beyond.
+        bins: at least 1; an odd number puts a bin astride zero. By default the width follows Scott's rule,
+            3.5 n^(-1/3) rms, with at most 401 bins: tensors of one size then share a bin width, whatever their tails.
+        limit: half the range in units of rms; by default at least the crest factor, so that nothing lies beyond.
 
     Raises:
         ValueError: bins or limit out of range.
     """
-    if bins < 1 or (limit is not None and not 0 < limit < math.inf):
+    if (bins is not None and bins < 1) or (limit is not None and not 0 < limit < math.inf):
         raise ValueError(f"histogram needs bins >= 1 and a finite limit > 0, got bins={bins} and limit={limit}.")
     stats = tensor_stats(weight)
     half = limit if limit is not None else (stats.crest if stats.rms > 0 else 1.0)
-    edges = torch.linspace(-half, half, bins + 1, dtype=torch.float64, device=weight.device)
-    counts = torch.zeros(bins, dtype=torch.long, device=weight.device)
+    number = bins or 1
+    if bins is None:
+        width = max(3.5 * max(1, stats.parameters - stats.nonfinite) ** (-1 / 3), half / 200)
+        number = 2 * math.ceil(half / width - 0.5) + 1
+        half = half if limit is not None else number * width / 2
+    edges = torch.linspace(-half, half, number + 1, dtype=torch.float64, device=weight.device)
+    counts = torch.zeros(number, dtype=torch.long, device=weight.device)
     for w in _finite_chunks(weight):
-        counts += torch.bincount(torch.bucketize(w / (stats.rms or 1.0), edges[1:-1], right=True), minlength=bins)
+        place = torch.bucketize(w / (stats.rms or 1.0), edges[1:-1], right=True)
+        counts += torch.bincount(place, minlength=number)
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))

@@ -1,8 +1,8 @@
 """Batches from images held in memory: shuffled, augmented and normalised in tensor code, without worker processes.
 
-All randomness of an epoch is a function of ``(seed, epoch)``, drawn for the whole (global) epoch at once; a step takes its
-part. So a run resumed at any step sees the same batches as one that was never stopped, and the ranks of a distributed
-run see together what a single process sees.
+All randomness of an epoch is a function of ``(seed, epoch)``, drawn for the whole (global) epoch at once; a step takes
+its part. So a run resumed at any step sees the same batches as one that was never stopped, and the ranks of a
+distributed run see together what a single process sees.
 """
 
 import hashlib
@@ -65,8 +65,8 @@ class Batches:
         device: where the images live and the batches appear.
         rank: which share of each batch this process takes, in ``[0, world_size)``.
         world_size: number of processes that share each batch.
-        drop_last: leave out the last batch of an epoch if it is not full. Otherwise the ranks share it as evenly as they
-            can; a rank gets an empty one when there are fewer images than ranks.
+        drop_last: leave out the last batch of an epoch if it is not full. Otherwise the ranks share it as evenly as
+            they can; a rank gets an empty one when there are fewer images than ranks.
         channels_last: memory format of the images.
         dtype: of the images returned; they are normalised in float32.
 
@@ -106,8 +106,8 @@ class Batches:
             raise ValueError(f"std must be greater than 0 in every channel, got {tuple(std)}")
         if augment is not None and augment.pad_mode == "reflect" and augment.crop_padding >= min(height, width):
             raise ValueError(
-                f"crop_padding {augment.crop_padding} must be less than the image size {height}x{width} to be filled by "
-                "reflection"
+                f"crop_padding {augment.crop_padding} must be less than the image size {height}x{width} to be "
+                "filled by reflection"
             )
         self.batch_size = batch_size
         self.augment = augment

@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,8 @@ def decode(
     Raises:
         ValueError: an image cannot be read or has another size than the first, or ``memory_limit`` is too low.
     """
+    if find_spec("PIL") is None:
+        raise missing_extra(split.name, "pillow")
     images: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     mode = "RGB"
     total = len(positions)
@@ -120,7 +123,7 @@ def decode(
         pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, -1).transpose(2, 0, 1)
         if images is None:
             shape = (total, *pixels.shape)
-            _check_memory(split.name, shape, memory_limit)
+            check_memory(split.name, shape, memory_limit)
             images = np.empty(shape, dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
             raise ValueError(
@@ -133,6 +136,25 @@ def decode(
     if images is None:
         raise ValueError(f"{split.name} holds no images")
     return torch.from_numpy(images)
+
+
+def stamp(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return what identifies each file in its present state: absolute path, size in bytes and time of change."""
+    stats = [(path, path.stat()) for path in paths]
+    return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of an image file, or raise ``ValueError`` naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: the image cannot be read ({error.strerror})") from error
+
+
+def missing_extra(name: str, package: str) -> ModuleNotFoundError:
+    """Return the error for a data set that needs a package of the extra ``train``."""
+    return ModuleNotFoundError(f'{name} needs {package}: pip install "wnq[train]"')
 
 
 def _open(where: str, data: bytes) -> "Image":
@@ -158,14 +180,15 @@ def _square(image: "Image", size: int | None) -> "Image":
     return resized.crop((left, top, left + size, top + size))
 
 
-def _check_memory(name: str, shape: tuple[int, ...], memory_limit: int) -> None:
+def check_memory(name: str, shape: tuple[int, ...], memory_limit: int) -> None:
+    """Raise ``ValueError`` if uint8 images of ``shape`` (N, C, H, W) take more than ``memory_limit`` bytes."""
     count, channels, height, width = shape
     needed = count * channels * height * width
     if needed > memory_limit:
         raise ValueError(
-            f"{name}: {count} images of {channels}x{height}x{width} take {needed / 2**30:.2f} GiB decoded, more than the "
-            f"memory limit of {memory_limit / 2**30:.2f} GiB; pass a smaller size=, a limit= on the number of images, "
-            "or a larger memory_limit= (bytes)"
+            f"{name}: {count} images of {channels}x{height}x{width} take {needed / 2**30:.2f} GiB decoded, more than "
+            f"the memory limit of {memory_limit / 2**30:.2f} GiB; pass a smaller size=, a limit= on the number of "
+            "images, or a larger memory_limit= (bytes)"
         )
 
 

@@ -34,7 +34,7 @@ class ImageData:
             raise ValueError(f"images must be a contiguous (N, C, H, W) tensor, got shape {tuple(self.images.shape)}")
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"{self.images.shape[0]} images need as many labels, got shape {tuple(self.labels.shape)}")
-        if len(self) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < len(self.classes)):
+        if len(self) and (int(self.labels.min()) < 0 or int(self.labels.max()) >= len(self.classes)):
             raise ValueError(
                 f"labels run from {int(self.labels.min())} to {int(self.labels.max())} but there are "
                 f"{len(self.classes)} classes"
@@ -69,8 +69,8 @@ class Dataset:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of each channel, in units of the pixel range (0 to 1).
 
-    Exact (from the histogram of the 256 pixel values), without a floating-point copy of the images. A channel that hardly
-    varies gets a standard deviation of 1/255, one grey level, so that dividing by it stays finite.
+    Exact (from the histogram of the 256 pixel values), without a floating-point copy of the images. A channel that
+    hardly varies gets a standard deviation of 1/255, one grey level, so that dividing by it stays finite.
 
     Args:
         images: uint8, ``(N, C, H, W)``, at least one image.

@@ -3,19 +3,19 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wnq.data.columns import labels_and_classes, select_columns
-from wnq.data.decode import EncodedSplit, Progress, load_split
+from wnq.data.decode import EncodedSplit, Progress, check_memory, load_split, missing_extra
+from wnq.data.folders import image_folder_split, image_folders
 from wnq.data.images import Dataset, ImageData, align_classes, channel_statistics, hold_out
+from wnq.data.tables import dataset_split, parquet_files, parquet_split
 
 VAL_SPLITS = ("test", "validation", "valid", "val")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT = 8 * 2**30
 
 
@@ -27,12 +27,16 @@ class _HubSource:
     image_column: str
     label_column: str
     val_split: str
+    count: int
+    """Training images."""
+    size: int | None
+    """Height and width in pixels; None: they vary."""
 
 
 _HUB_SOURCES = {
-    "cifar10": _HubSource("uoft-cs/cifar10", "img", "label", "test"),
-    "cifar100": _HubSource("uoft-cs/cifar100", "img", "fine_label", "test"),
-    "imagenet": _HubSource("ILSVRC/imagenet-1k", "image", "label", "validation"),
+    "cifar10": _HubSource("uoft-cs/cifar10", "img", "label", "test", 50_000, 32),
+    "cifar100": _HubSource("uoft-cs/cifar100", "img", "fine_label", "test", 50_000, 32),
+    "imagenet": _HubSource("ILSVRC/imagenet-1k", "image", "label", "validation", 1_281_167, None),
 }
 
 
@@ -55,10 +59,10 @@ def load_data(
     """Load an image classification data set into memory.
 
     Args:
-        name: one of ``digits`` (1x8x8, comes with scikit-learn), ``cifar10``, ``cifar100``, ``imagenet``; or a local folder;
-            or ``owner/dataset`` on the Hugging Face hub. A folder holds either parquet files (``train-*.parquet`` and
-            ``test-*.parquet`` or ``validation-*.parquet``, also below ``data/``) or images (``train/<class>/*.png`` and
-            ``test/<class>/*.png``, or ``<class>/*.png`` together with ``val_share``).
+        name: one of ``digits`` (1x8x8, comes with scikit-learn), ``cifar10``, ``cifar100``, ``imagenet``; or a local
+            folder; or ``owner/dataset`` on the Hugging Face hub. A folder holds either parquet files
+            (``train-*.parquet`` and ``test-*.parquet`` or ``validation-*.parquet``, also below ``data/``) or images
+            (``train/<class>/*.png`` and ``test/<class>/*.png``, or ``<class>/*.png`` together with ``val_share``).
         folder: local files to read a named data set from instead of the hub.
         image_column: column of the images, needed where it is not evident.
         label_column: column of the class labels, needed where it is not evident.
@@ -96,7 +100,15 @@ def load_data(
         train, val = _digits(limit, 0.2 if val_share is None else val_share)
     else:
         splits = _find_splits(
-            name, folder, image_column, label_column, val_split, wants_val=val_share is None, size=size
+            name,
+            folder,
+            image_column,
+            label_column,
+            val_split,
+            wants_val=val_share is None,
+            size=size,
+            limit=limit,
+            memory_limit=memory_limit,
         )
         where = Path(cache_dir or os.environ.get("WNQ_CACHE") or Path.home() / ".cache" / "wnq").expanduser()
         loaded = [
@@ -112,12 +124,13 @@ def load_data(
             train, val = loaded[0], align_classes(loaded[1], loaded[0].classes)
     if train.images.shape[1:] != val.images.shape[1:]:
         raise ValueError(
-            f"{name}: training images are {tuple(train.images.shape[1:])} (channels, height, width) but validation images "
-            f"are {tuple(val.images.shape[1:])}; pass size= to bring all to one size"
+            f"{name}: training images are {tuple(train.images.shape[1:])} (channels, height, width) but validation "
+            f"images are {tuple(val.images.shape[1:])}; pass size= to bring all to one size"
         )
     if mean is None or std is None:
-        computed = channel_statistics(train.images)
-        mean, std = mean or computed[0], std or computed[1]
+        computed_mean, computed_std = channel_statistics(train.images)
+        mean = computed_mean if mean is None else mean
+        std = computed_std if std is None else std
     channels = train.images.shape[1]
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
@@ -130,7 +143,7 @@ def _digits(limit: int | None, val_share: float) -> tuple[ImageData, ImageData]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise _missing_extra("digits", "scikit-learn") from error
+        raise missing_extra("digits", "scikit-learn") from error
     bunch: Any = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1).contiguous()
     data = ImageData(images, torch.from_numpy(bunch.target).long(), tuple(str(digit) for digit in range(10)))
@@ -151,30 +164,39 @@ def _find_splits(
     *,
     wants_val: bool,
     size: int | None,
+    limit: int | None,
+    memory_limit: int,
 ) -> list[EncodedSplit]:
     """Return the training split and, if wanted, the validation split."""
     known = _HUB_SOURCES.get(name)
-    if known is not None:
-        image_column = image_column or known.image_column
-        label_column = label_column or known.label_column
-        # Files at hand may name their splits in another way.
-        val_split = val_split or (known.val_split if folder is None else None)
     local = _local_folder(name, folder, is_known=known is not None)
     if local is not None:
-        files = _parquet_files(local)
+        files = parquet_files(local)
         if files:
             chosen = _choose_splits(str(local), list(files), val_split, wants_val=wants_val)
-            return [_parquet_split(f"{name} {split}", files[split], image_column, label_column) for split in chosen]
-        if image_column or label_column:
-            given = "image_column" if image_column else "label_column"
-            if known is None:
-                raise ValueError(f"{local}: {given} needs parquet files, and there are none such as train-*.parquet")
-        folders = _image_folders(local)
+            return [parquet_split(f"{name} {split}", files[split], image_column, label_column) for split in chosen]
+        folders = image_folders(local, ("train", *VAL_SPLITS))
+        if image_column is not None or label_column is not None:
+            raise ValueError(
+                f"{local}: a folder of images has no columns; image_column and label_column are for tables"
+            )
         chosen = _choose_splits(str(local), list(folders), val_split, wants_val=wants_val)
-        return [_image_folder_split(f"{name} {split}", folders[split]) for split in chosen]
-    if name == "imagenet" and size is None:
-        raise ValueError("imagenet has images of many sizes; pass size= to bring all to one size, such as size=64")
-    return _hub_splits(name, known.path if known else name, image_column, label_column, val_split, wants_val=wants_val)
+        return [image_folder_split(f"{name} {split}", folders[split]) for split in chosen]
+    if known is None:
+        return _hub_splits(name, name, image_column, label_column, val_split, wants_val=wants_val)
+    if known.size is None and size is None:
+        raise ValueError(f"{name} has images of many sizes; pass size= to bring all to one size, such as size=32")
+    # Before the download, which may be as large as 150 GB.
+    pixels = size or known.size or 1
+    check_memory(f"{name} train", (min(limit or known.count, known.count), 3, pixels, pixels), memory_limit)
+    return _hub_splits(
+        name,
+        known.path,
+        image_column or known.image_column,
+        label_column or known.label_column,
+        val_split or known.val_split,
+        wants_val=wants_val,
+    )
 
 
 def _local_folder(name: str, folder: str | Path | None, *, is_known: bool) -> Path | None:
@@ -185,7 +207,7 @@ def _local_folder(name: str, folder: str | Path | None, *, is_known: bool) -> Pa
         return None
     else:
         path = Path(name).expanduser()
-        looks_local = name.startswith((".", "/", "~")) or os.sep != "/" and os.sep in name
+        looks_local = name.startswith((".", "/", "~")) or "\\" in name
         if not path.exists() and not looks_local:
             if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 return None
@@ -217,52 +239,6 @@ def _choose_splits(where: str, names: Sequence[str], val_split: str | None, *, w
     return ["train", found]
 
 
-def _stamp(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    stats = [(path, path.stat()) for path in paths]
-    return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the parquet files of each split, the split being the first word of the file name."""
-    files: dict[str, list[Path]] = {}
-    for path in sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]):
-        files.setdefault(re.split(r"[-_.]", path.name, maxsplit=1)[0], []).append(path)
-    return files
-
-
-def _parquet_split(
-    name: str, paths: Sequence[Path], image_column: str | None, label_column: str | None
-) -> EncodedSplit:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from datasets import Features
-    except ModuleNotFoundError as error:
-        raise _missing_extra(name, "datasets") from error
-    try:
-        files = [pq.ParquetFile(path) for path in paths]
-        features: Mapping[str, Any] = Features.from_arrow_schema(files[0].schema_arrow)
-        image, label = select_columns(name, features, image_column, label_column)
-        column = pa.chunked_array(
-            [chunk for path in paths for chunk in pq.read_table(path, columns=[label])[label].chunks]
-        )
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, ValueError) and not isinstance(error, pa.ArrowException):
-            raise
-        raise ValueError(f"{paths[0].parent}: cannot read the parquet files of {name} ({error})") from error
-    labels, classes = labels_and_classes(name, column, features[label])
-
-    def batches() -> Iterator[tuple[str, int, Any]]:
-        for path, file in zip(paths, files, strict=True):
-            row = 0
-            for batch in file.iter_batches(batch_size=1000, columns=[image]):
-                yield str(path), row, batch.column(0)
-                row += len(batch)
-
-    identity = {"files": _stamp(paths), "columns": [image, label]}
-    return EncodedSplit(name, labels, classes, identity, lambda positions: _read_rows(batches(), positions))
-
-
 def _hub_splits(
     name: str,
     path: str,
@@ -275,7 +251,7 @@ def _hub_splits(
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise _missing_extra(name, "datasets") from error
+        raise missing_extra(name, "datasets") from error
     try:
         loaded: Any = datasets.load_dataset(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -286,92 +262,3 @@ def _hub_splits(
         ) from error
     chosen = _choose_splits(path, list(loaded), val_split, wants_val=wants_val)
     return [dataset_split(f"{name} {split}", loaded[split], image_column, label_column) for split in chosen]
-
-
-def dataset_split(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> EncodedSplit:
-    """Return a split read from a ``datasets.Dataset``.
-
-    Args:
-        name: what messages call it.
-        dataset: with a column of images and one of labels.
-        image_column: as in :func:`load_data`.
-        label_column: as in :func:`load_data`.
-    """
-    image, label = select_columns(name, dataset.features, image_column, label_column)
-    # The arrow format hands out the encoded bytes; the library's own decoding goes row by row and is slow.
-    raw = dataset.with_format("arrow")
-    labels, classes = labels_and_classes(name, raw.select_columns([label])[:][label], dataset.features[label])
-
-    def batches() -> Iterator[tuple[str, int, Any]]:
-        row = 0
-        for table in raw.select_columns([image]).iter(batch_size=1000):
-            yield name, row, table[image].combine_chunks()
-            row += len(table)
-
-    stamp = _stamp([Path(file["filename"]) for file in dataset.cache_files])
-    identity = {"files": stamp, "fingerprint": dataset._fingerprint, "columns": [image, label]}
-    return EncodedSplit(name, labels, classes, identity, lambda positions: _read_rows(batches(), positions))
-
-
-def _read_rows(batches: Iterator[tuple[str, int, Any]], positions: torch.Tensor) -> Iterator[tuple[str, bytes]]:
-    """Yield the encoded images at ascending ``positions`` of a sequence of arrow columns."""
-    wanted = iter(positions.tolist())
-    position = next(wanted, None)
-    start = 0
-    for origin, first_row, column in batches:
-        while position is not None and position < start + len(column):
-            value: Any = column[position - start].as_py()
-            where = f"{origin} row {first_row + position - start}"
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if data is None and isinstance(value, dict) and value.get("path"):
-                where = value["path"]
-                data = _read_file(Path(where))
-            if not isinstance(data, bytes):
-                raise ValueError(f"{where}: there is no image in the image column")
-            yield where, data
-            position = next(wanted, None)
-        start += len(column)
-        if position is None:
-            return
-
-
-def _image_folders(folder: Path) -> dict[str, Path]:
-    """Return the folder of each split; a folder without splits is its own training split."""
-    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    if not inside:
-        raise ValueError(
-            f"{folder}: found neither train-*.parquet files nor folders of images such as train/<class>/image.png"
-        )
-    return inside if "train" in inside else {"train": folder}
-
-
-def _image_folder_split(name: str, folder: Path) -> EncodedSplit:
-    by_class = {
-        path.name: [image for image in sorted(path.rglob("*")) if image.suffix.lower() in IMAGE_SUFFIXES]
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith(".")
-    }
-    classes = tuple(label for label, paths in by_class.items() if paths)
-    if not classes:
-        raise ValueError(
-            f"{folder}: no images in folders named by their class, such as {folder.name}/<class>/image.png"
-        )
-    paths = [path for label in classes for path in by_class[label]]
-    labels = torch.tensor([index for index, label in enumerate(classes) for _ in by_class[label]], dtype=torch.int64)
-
-    def read(positions: torch.Tensor) -> Iterator[tuple[str, bytes]]:
-        for position in positions.tolist():
-            yield str(paths[position]), _read_file(paths[position])
-
-    return EncodedSplit(name, labels, classes, {"files": _stamp(paths)}, read)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: the image cannot be read ({error.strerror})") from error
-
-
-def _missing_extra(name: str, package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f'{name} needs {package}: pip install "wnq[train]"')

@@ -100,7 +100,9 @@ class MethodInfo:
 _REGISTRY: dict[str, MethodInfo] = {}
 
 
-def register(*, paper: str, fixed_w_bits: int | None = None) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+def register(
+    *, paper: str, fixed_w_bits: int | None = None
+) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
     """Register a function that returns a :class:`Method`; all its parameters need defaults of plain JSON types.
 
     Raises:

@@ -43,7 +43,9 @@ class ScaledSign(Quantizer):
         check_finite(x, where="the weight to quantize")
         w = x.to(compute_dtype(x))
         scale = self._scale(w).reshape(() if self.granularity == "tensor" else (-1,))
-        return Quantized((w >= 0).to(torch.uint8), torch.tensor([-1.0, 1.0], dtype=w.dtype, device=w.device), scale, self.axis)
+        return Quantized(
+            (w >= 0).to(torch.uint8), torch.tensor([-1.0, 1.0], dtype=w.dtype, device=w.device), scale, self.axis
+        )
 
 
 @register(paper="arXiv:1603.05279", fixed_w_bits=1)

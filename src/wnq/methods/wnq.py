@@ -6,6 +6,7 @@ from wnq.activations import input_builder
 from wnq.methods import Method, register
 from wnq.normalizers import max_abs, normalized_weight
 
+
 @register(paper="arXiv:1907.00593")
 def wnq(
     w_bits: int = 3,

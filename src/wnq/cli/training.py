@@ -1,0 +1,173 @@
+"""``wnq train`` and ``wnq evaluate``."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wnq.cli.command import Json, Stopped, UnreadableError, command, existing
+from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, data_options, set_keys
+from wnq.cli.screen import Screen
+from wnq.cli.targets import open_target
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from wnq.data import Dataset
+    from wnq.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    command(
+        app,
+        "wnq train recipe.toml --out runs/first",
+        "wnq train recipe.toml --out runs/first --resume",
+        "wnq train recipe.toml --set train.epochs=3 --set quantize.options.w_bits=2",
+        "accelerate launch -m wnq.cli train recipe.toml --out runs/first",
+    )(train)
+    command(
+        app,
+        "wnq evaluate runs/first",
+        "wnq evaluate model.wnq.safetensors --data digits",
+        "wnq evaluate model.wnq.safetensors --data cifar100 --data-option folder=cifar100-parquet",
+    )(evaluate)
+
+
+def train(
+    screen: Screen,
+    recipe: Annotated[Path, typer.Argument(help="TOML file: [model], [data], [quantize], [train].")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder. Default: runs/ and the recipe's name.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")] = False,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Can be repeated."),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log to TensorBoard in the run's folder.")] = False,
+) -> Json:
+    """Train a recipe, float or quantized, into a folder. Ctrl-C saves the state; --resume continues."""
+    from wnq.recipe import load_recipe, recipe_from, run_recipe
+    from wnq.train import Interrupted
+
+    tables = load_recipe(existing(recipe)).to_json()
+    set_keys(tables, assign)
+    plan = recipe_from(tables, where=str(recipe))
+    if screen.seed is not None:
+        plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=screen.seed))
+    out = out or Path("runs") / recipe.stem
+    with screen.bar("reading images") as on_image:
+        data = _load(plan, on_image)
+    _check(plan, data)
+    screen.work()
+    accelerator = _tracker(out, plan) if tensorboard else None
+    try:
+        with screen.training_bar(out.name) as on_step:
+            _, result = run_recipe(plan, out, resume=resume, data=data, accelerator=accelerator, on_step=on_step)
+    except Interrupted:
+        again = ["wnq", "train", str(recipe), "--out", str(out), "--resume"]
+        again += [word for text in assign or () for word in ("--set", text)]
+        again += [] if screen.seed is None else ["--seed", str(screen.seed)]
+        raise Stopped(f"stopped; the state is saved in {out}. Continue with: {shlex.join(again)}") from None
+    finally:
+        if accelerator is not None:
+            accelerator.end_training()
+    screen.table(result.history[-1:], ["epoch", "loss", "accuracy", "val_loss", "val_accuracy"])
+    screen.say(
+        f"{result.val.accuracy:.2f} % of {result.val.images:,} validation images, after {result.seconds:.1f} s at "
+        f"{result.images_per_second:,.0f} images/s. Everything is in {out}."
+    )
+    if plan.quantize is not None:
+        screen.say(f"Next: wnq pack {shlex.quote(str(out))} --out model.wnq.safetensors")
+    return {
+        "out": out,
+        "val_accuracy": result.val.accuracy,
+        "val_loss": result.val.loss,
+        "val_images": result.val.images,
+        "seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images_per_second, 1),
+        "history": result.history,
+    }
+
+
+def _load(recipe: "Recipe", on_image: Any) -> "Dataset":
+    from wnq.recipe import data_of
+
+    if recipe.data.folder is not None:
+        existing(Path(recipe.data.folder).expanduser())
+    return data_of(recipe.data, on_image)
+
+
+def _check(recipe: "Recipe", data: "Dataset") -> None:
+    """Find what is wrong with a recipe before anything is written."""
+    import torch
+
+    from wnq.models import build_model
+    from wnq.recipe import plan_of, resolve
+
+    for path in (recipe.model.start, recipe.quantize and recipe.quantize.plan):
+        if path is not None:
+            existing(Path(path))
+    if ":" in recipe.model.name:
+        return  # may be large, or on a hub: let the run build it, once
+    with torch.device("meta"):
+        model = build_model(recipe.model.name, **resolve(recipe, data).model.options)
+    if recipe.quantize is not None:
+        plan_of(recipe.quantize, model)
+
+
+def _tracker(out: Path, recipe: "Recipe") -> "Accelerator":
+    try:
+        import tensorboard as _  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise UnreadableError(f'--tensorboard needs {error.name}: pip install "wnq[train]"') from error
+    accelerator = Accelerator(log_with="tensorboard", project_dir=out)
+    simple = {key: value for key, value in dataclasses.asdict(recipe.train).items() if value is not None}
+    accelerator.init_trackers("tensorboard", config=simple)
+    return accelerator
+
+
+def evaluate(
+    screen: Screen,
+    target: Annotated[Path, typer.Argument(help="A run's folder, a packed file, or float weights with --model.")],
+    data: DataName = None,
+    data_option: DataOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default whichever is there.")] = None,
+    model: ModelName = None,
+    num_classes: NumClasses = None,
+    in_channels: InChannels = None,
+    model_option: ModelOption = None,
+) -> Json:
+    """Measure the accuracy on the validation images: a run's own, or those of --data."""
+    import torch
+
+    from wnq.data import Batches
+    from wnq.evaluate import evaluate as measure
+    from wnq.recipe import DataSection, Recipe
+
+    options = data_options(data_option)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = open_target(target, model, num_classes, in_channels, model_option)
+    if data is not None:
+        section = DataSection(name=data, **options)
+    elif opened.recipe is not None:
+        section = dataclasses.replace(opened.recipe.data, **options)
+    else:
+        raise ValueError(f"{target} does not say which images it was trained on: pass --data, for example --data digits.")
+    with screen.bar("reading images") as on_image:
+        images = _load(Recipe(data=section), on_image)
+    screen.work()
+    batches = Batches(images.val, batch_size, mean=images.mean, std=images.std, device=place)
+    begin = time.perf_counter()
+    metrics = measure(opened.model.to(place), batches.epoch(0))
+    seconds = time.perf_counter() - begin
+    row: dict[str, Any] = {"target": str(target), "data": section.name, **dataclasses.asdict(metrics)}
+    row["images_per_second"] = round(metrics.images / max(seconds, 1e-9), 1)
+    screen.table([row])
+    return row

@@ -1,0 +1,293 @@
+"""The trainer: one readable loop for float and quantized models, on one process or many."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from wnq.attach import param_groups
+from wnq.batchnorm import reestimate_batchnorm_
+from wnq.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from wnq.config import TrainConfig, schedule
+from wnq.data import Augment, Batches, Dataset
+from wnq.evaluate import Metrics, evaluate
+from wnq.files import write_text
+from wnq.interrupt import Interrupted, catching_interrupt
+from wnq.loss import training_loss
+from wnq.progress import Progress, TrainResult
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Interrupted", "Progress", "TrainConfig", "TrainResult", "TrainingDivergedError", "fit"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    accelerator: "Accelerator | None" = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a classifier in place, float or quantized.
+
+    Data order and augmentation depend on ``(seed, epoch, step)`` alone, so a resumed run continues bit for bit, on the
+    same number of processes and threads. Under ``accelerate launch`` or ``torchrun`` each process takes its share of
+    every batch.
+
+    Args:
+        model: maps normalised images ``(B, C, H, W)`` to logits ``(B, classes)``.
+        data: the images.
+        config: the settings.
+        teacher: the float twin, for ``distill_weight`` > 0.
+        out: folder for ``checkpoint.pt`` and ``metrics.jsonl``; None keeps everything in memory.
+        resume: continue from the checkpoint in ``out`` if there is one.
+        accelerator: an ``accelerate.Accelerator`` to use, for example one with trackers; by default a plain one.
+        on_step: called on the main process after every step.
+
+    Raises:
+        TrainingDivergedError: the loss became NaN or infinite.
+        Interrupted: Ctrl-C; with ``out``, the checkpoint is written first.
+        ValueError: distillation without a teacher, a checkpoint that does not fit, or several processes with fewer
+            images than a batch.
+        ModuleNotFoundError: the extra ``train`` is not installed.
+    """
+    if config.distill_weight > 0 and teacher is None:
+        raise ValueError("distill_weight is above 0 but there is no teacher: pass the float twin.")
+    folder = None if out is None else Path(out)
+    return _Run(model, data, config, teacher, folder, accelerator or plain_accelerator(), on_step).go(resume)
+
+
+def plain_accelerator() -> "Accelerator":
+    """Return an ``accelerate.Accelerator`` with its defaults, which knows the processes of this job."""
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('training needs accelerate: pip install "wnq[train]"') from error
+    return Accelerator()
+
+
+class _Run:
+    """The parts of one run that its epochs share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        config: TrainConfig,
+        teacher: nn.Module | None,
+        out: Path | None,
+        accelerator: "Accelerator",
+        on_step: Callable[[Progress], None] | None,
+    ) -> None:
+        self.config, self.out, self.on_step, self.accelerator = config, out, on_step, accelerator
+        self.processes = accelerator.num_processes
+        if self.processes > 1 and len(data.train) < config.batch_size:
+            raise ValueError(
+                f"batch_size {config.batch_size} is more than the {len(data.train)} training images, which "
+                f"{self.processes} processes cannot share evenly. Use a smaller batch or one process."
+            )
+        device = cast(torch.device, accelerator.device)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+        self.teacher = None if teacher is None else teacher.to(device, memory_format=layout).eval()  # pyright: ignore[reportCallIssue]
+        share: dict[str, Any] = {
+            "mean": data.mean,
+            "std": data.std,
+            "device": device,
+            "rank": accelerator.process_index,
+            "world_size": self.processes,
+            "channels_last": config.channels_last,
+        }
+        self.train = Batches(
+            data.train,
+            config.batch_size,
+            augment=Augment(config.crop_padding, config.flip) if config.crop_padding or config.flip else None,
+            shuffle=True,
+            seed=config.seed,
+            drop_last=len(data.train) >= config.batch_size,
+            **share,
+        )
+        self.val = Batches(data.val, max(config.batch_size, 256 * self.processes), **share)
+        self.steps = self.train.steps_per_epoch
+        self.images_per_step = min(config.batch_size, len(data.train))
+        groups = param_groups(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            quantizer_lr=config.lr * config.quantizer_lr,
+            quantizer_weight_decay=config.quantizer_weight_decay,
+        )
+        self.peaks: list[float] = [group["lr"] for group in groups]
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+        else:
+            self.optimizer = torch.optim.AdamW(groups)
+        self.average = None
+        if config.ema_decay > 0:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.models = {"model": self.model, "average": self.average}
+        self.state = TrainState()
+
+    def go(self, resume: bool) -> TrainResult:
+        checkpoint = None if self.out is None else self.out / "checkpoint.pt"
+        if resume and checkpoint is not None and checkpoint.exists():
+            settings = dataclasses.asdict(self.config)
+            self.state = load_checkpoint(checkpoint, settings, optimizer=self.optimizer, **self.models)
+            logger.info("resumed at epoch %d, step %d", self.state.epoch, self.state.step)
+        prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        network: nn.Module = torch.compile(prepared, fullgraph=True) if self.config.compile else prepared  # pyright: ignore[reportAssignmentType]
+        val: Metrics | None = None
+        with catching_interrupt() as interrupted:
+            while self.state.epoch < self.config.epochs:
+                val = self._epoch(network, interrupted)
+        self._share_buffers()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        if self.config.bn_batches:
+            reestimate_batchnorm_(self.model, self.train, self.config.bn_batches, bf16=self.config.bf16)
+        if val is None or self.average is not None or self.config.bn_batches:
+            val = self._evaluate(self.model)
+        images = self.steps * self.images_per_step * self.config.epochs
+        return TrainResult(val, self.state.history, self.state.seconds, images / max(self.state.seconds, 1e-9))
+
+    def _evaluate(self, model: nn.Module) -> Metrics:
+        return evaluate(model, self.val.epoch(0), bf16=self.config.bf16)
+
+    def _share_buffers(self) -> None:
+        """Give all processes the main one's buffers: BatchNorm statistics follow each one's own share."""
+        if self.processes > 1:
+            for model in self.models.values():
+                for buffer in () if model is None else model.buffers():
+                    dist.broadcast(buffer, src=0)
+
+    def _epoch(self, network: nn.Module, interrupted: Callable[[], bool]) -> Metrics | None:
+        state, config = self.state, self.config
+        network.train()
+        begin = time.perf_counter()
+        done_before, resumed_at = state.seconds, state.step
+        for images, labels in self.train.epoch(state.epoch, start_step=state.step):
+            loss, correct = self._step(network, images, labels)
+            loss, correct, seen, stop = self._sum_up(loss, correct, len(labels), interrupted())
+            state.step += 1
+            state.loss_sum += loss
+            state.correct += correct
+            state.seen += seen
+            if not math.isfinite(loss):
+                raise TrainingDivergedError(
+                    f"the loss is {loss} at epoch {state.epoch + 1}, step {state.step}. Lower lr or quantizer_lr, "
+                    "lengthen warmup_epochs, or start from a trained float model."
+                )
+            state.seconds = done_before + time.perf_counter() - begin
+            self._report(begin, resumed_at)
+            if stop or (config.checkpoint_steps and state.step % config.checkpoint_steps == 0):
+                self._save()
+            if stop:
+                raise Interrupted
+        last = state.epoch + 1 == config.epochs
+        val = None
+        if last or (state.epoch + 1) % config.eval_every == 0:
+            self._share_buffers()
+            val = self._evaluate(self.model if self.average is None else self.average.module)
+        state.seconds = done_before + time.perf_counter() - begin
+        self._end_epoch(val, time.perf_counter() - begin, resumed_at)
+        return val
+
+    def _step(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        config = self.config
+        rate = schedule(self.state.epoch * self.steps + self.state.step, self.steps, config)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            logits = network(images).float()
+            with torch.no_grad():
+                twin = None if self.teacher is None or not config.distill_weight else self.teacher(images).float()
+            loss = training_loss(logits, labels, config, twin)
+        self.stepper.zero_grad()
+        self.accelerator.backward(loss)
+        if config.clip_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
+        self.stepper.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss.item(), int((logits.argmax(1) == labels).sum())
+
+    def _sum_up(self, loss: float, correct: int, seen: int, stop: bool) -> tuple[float, int, int, bool]:
+        """Return mean loss and counts over all processes, and whether any has seen Ctrl-C: they must stop together."""
+        if self.processes == 1:
+            return loss, correct, seen, stop
+        device = cast(torch.device, self.accelerator.device)
+        totals = torch.tensor([loss * seen, correct, seen, stop], dtype=torch.float64, device=device)
+        dist.all_reduce(totals)
+        loss_sum, correct_sum, seen_sum, stops = totals.tolist()
+        return loss_sum / seen_sum, int(correct_sum), int(seen_sum), stops > 0
+
+    def _report(self, begin: float, resumed_at: int, val: Metrics | None = None) -> None:
+        if self.on_step is None or not self.accelerator.is_main_process:
+            return
+        state = self.state
+        seconds = (time.perf_counter() - begin) / max(1, state.step - resumed_at)
+        left = (self.config.epochs - state.epoch) * self.steps - state.step
+        self.on_step(
+            Progress(
+                state.epoch + 1,
+                self.config.epochs,
+                state.step,
+                self.steps,
+                state.loss_sum / max(1, state.step),
+                100 * state.correct / max(1, state.seen),
+                self.images_per_step / max(seconds, 1e-9),
+                left * seconds,
+                val,
+            )
+        )
+
+    def _end_epoch(self, val: Metrics | None, seconds: float, resumed_at: int) -> None:
+        state = self.state
+        self._report(time.perf_counter() - seconds, resumed_at, val)
+        row: dict[str, Any] = {
+            "epoch": state.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": state.loss_sum / max(1, state.step),
+            "accuracy": 100 * state.correct / max(1, state.seen),
+            "val_loss": None if val is None else val.loss,
+            "val_accuracy": None if val is None else val.accuracy,
+            "seconds": round(seconds, 3),
+            "images_per_second": round((state.step - resumed_at) * self.images_per_step / max(seconds, 1e-9), 1),
+        }
+        state.history.append(row)
+        self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=state.epoch + 1)
+        state.epoch += 1
+        state.step, state.loss_sum, state.correct, state.seen = 0, 0.0, 0, 0
+        self._save()
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        if self.accelerator.is_main_process:
+            # Metrics first: were they second, a run killed in between would end without its last row.
+            write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.state.history))
+            settings = dataclasses.asdict(self.config)
+            path = self.out / "checkpoint.pt"
+            save_checkpoint(path, self.state, settings, optimizer=self.optimizer, **self.models)
+        self.accelerator.wait_for_everyone()
