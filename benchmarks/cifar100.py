@@ -2,8 +2,9 @@
 
     python benchmarks/cifar100.py --data FOLDER_OF_PARQUET [--seeds 0] [--workers 2]
 
-Each cell of the table is a run of its own in ``runs/cifar100``; finished cells are not run again, a stopped one resumes, so the
-script can be stopped and started at will. The table goes to ``benchmarks/results/cifar100_resnet20_short_<hardware>_<yyyymm>.{json,md}``.
+Each cell of the table is a run of its own in ``runs/cifar100``; finished cells are not run again, a stopped one resumes,
+so the script can be stopped and started at will. The table goes to
+``benchmarks/results/cifar100_resnet20_short_<hardware>_<yyyymm>.{json,md}``.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def tails(folder: Path) -> dict[str, float]:
     plan = getattr(model, "wnq_plan", None)
     crests, errors = [], []
     convs = [(n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    for name, layer in convs[1:-1]:
+    for _, layer in convs[1:-1]:
         weight = wnq.attach.float_weight(layer).detach().double()
         crests.append((weight.abs().max() / weight.square().mean().sqrt()).item())
         if plan is not None:
@@ -149,8 +150,8 @@ def table(seeds: list[int], data: str, hardware: str) -> None:
     config = {
         "command": " ".join(["python", "benchmarks/cifar100.py", "--seeds", *map(str, seeds)]),
         "seeds": seeds,
-        "note": "Real CIFAR-100, 50,000 training and 10,000 test images; test accuracy after the last epoch; inner layers for tails; "
-        "relative error after the best common factor.",
+        "note": "Real CIFAR-100, 50,000 training and 10,000 test images; test accuracy after the last epoch; tails of the "
+        "inner layers; relative error after the best common factor.",
     }
     path = write_results("cifar100_resnet20_short", hardware, config, environment(), rows, lines)
     print("\n".join(lines))

@@ -227,7 +227,7 @@ def test_registering_a_taken_name_or_a_method_without_defaults_is_refused():
 
 
 def test_steps_toward_zero_shrink_the_tail():
-    """The mechanism in one layer: regression with a heavy-tailed teacher lowers the crest factor only with the gradient attached."""
+    """The mechanism in one layer: regression on a heavy-tailed teacher lowers the crest factor only with gradient attached."""
     crests = {}
     for gain in (0.0, 1.0):
         generator = torch.Generator().manual_seed(0)

@@ -58,19 +58,22 @@ def save_checkpoint(
         torch.save(content, temporary)
 
 
+def remove_leftovers(*paths: Path) -> None:
+    """Remove what a process killed while it wrote these files has left beside them."""
+    for path in paths:
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
 def load_checkpoint(
     path: Path, config: dict[str, Any], *, optimizer: torch.optim.Optimizer, **models: nn.Module | None
 ) -> TrainState:
     """Restore what :func:`save_checkpoint` wrote, in place, and return where the run stands.
 
-    What a process killed while writing has left beside the file is removed.
-
     Raises:
         ValueError: the file is damaged, of another version, or belongs to a run with other settings (which ones) or
             another model.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format"]

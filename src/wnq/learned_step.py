@@ -63,9 +63,9 @@ class LearnedStep(Quantizer):
     r"""Learned step size quantization: :math:`\hat v = s \cdot \mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`.
 
     Gradients: :math:`d\hat v/dv = 1` strictly inside the clip range, 0 outside; :math:`d\hat v/ds = \bar v - v/s` inside,
-    :math:`-Q_n` or :math:`Q_p` outside, multiplied by :math:`1/\sqrt{N Q_p}` with N the number of weights, or of features
-    of one sample. Signed: :math:`Q_n = 2^{k-1}`, :math:`Q_p = 2^{k-1}-1`; unsigned: 0 and :math:`2^k-1`. The step starts at
-    :math:`2\,\mathrm{mean}|v| / \sqrt{Q_p}`.
+    :math:`-Q_n` or :math:`Q_p` outside, multiplied by :math:`1/\sqrt{N Q_p}` with N the number of weights, or of
+    features of one sample. Signed: :math:`Q_n = 2^{k-1}`, :math:`Q_p = 2^{k-1}-1`; unsigned: 0 and :math:`2^k-1`.
+    The step starts at :math:`2\,\mathrm{mean}|v| / \sqrt{Q_p}`.
 
     As an input quantizer it meets its first batch in :meth:`observe_`: that batch sets the step and decides the sign: unsigned
     if no value is negative (after a ReLU), signed otherwise. All processes of a distributed job decide together.
@@ -78,7 +78,8 @@ class LearnedStep(Quantizer):
         S. K. Esser et al., Learned Step Size Quantization, arXiv:1902.08153, ICLR 2020, Eq. 1-5.
 
     Differences from the paper: whether activations are signed is decided from data instead of by layer; a first batch of
-    zeros starts the step at ``1 / Q_p``; N counts the features of one sample, so batch size and number of processes do not matter.
+    zeros starts the step at ``1 / Q_p``; N counts the features of one sample, so that batch size and number of processes do
+    not matter.
     """
 
     step: nn.Parameter

@@ -145,7 +145,7 @@ class Plan:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"not a plan: {type(error).__name__} {error}; expected the keys 'layers' and 'floats' as Plan.to_json() writes them."
+                f"not a plan: {type(error).__name__} {error}; expected 'layers' and 'floats' as Plan.to_json() writes them."
             ) from None
         return Plan(layers, floats)
 
@@ -183,8 +183,8 @@ def make_plan(
             float, None to treat them as all others. They use max scaling on the symmetric grid, which fits int8, with
             a learned input step, whatever the method, so that methods compare on the layers between.
         keep_float: shell wildcards of layers to leave in floating point.
-        override: shell wildcard -> method, for exceptions and mixed widths; later entries win over earlier ones and over the first
-            and last rule.
+        override: shell wildcard -> method, for exceptions and mixed widths; later entries win over earlier ones and over
+            the rule of the first and last layer.
 
     Raises:
         ValueError: nothing to quantize, the model is quantized already, or a pattern matches no layer (with the closest names).
@@ -226,7 +226,7 @@ def make_plan(
 
 
 def boundary_method(method: Method, bits: int) -> Method:
-    """Return what the first and last layer get beside ``method``: symmetric max scaling, the method's own gain, detached if none."""
+    """Return what the first and last layer get beside ``method``: symmetric max scaling with its gain, detached if it has none."""
     check = FLOAT_BITS if bits == FLOAT_BITS else check_bits(bits, where="first_last_bits (or 32 for float)")
     return get_method(
         "wnq",

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wnq.attach import param_groups
 from wnq.batchnorm import reestimate_batchnorm_
-from wnq.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from wnq.checkpoint import TrainState, load_checkpoint, remove_leftovers, save_checkpoint
 from wnq.config import TrainConfig, schedule
 from wnq.data import Augment, Batches, Dataset
 from wnq.evaluate import Metrics, evaluate
@@ -83,7 +83,8 @@ def plain_accelerator() -> "Accelerator":
         from accelerate import Accelerator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('training needs accelerate: pip install "wnq[train]"') from error
-    return Accelerator()
+    # Without being told that there is no device, accelerate ignores the other processes of a job on CPUs.
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 class _Run:
@@ -152,6 +153,7 @@ class _Run:
     def go(self, resume: bool) -> TrainResult:
         checkpoint = None if self.out is None else self.out / "checkpoint.pt"
         if resume and checkpoint is not None and checkpoint.exists():
+            remove_leftovers(checkpoint, checkpoint.with_name("metrics.jsonl"))
             settings = dataclasses.asdict(self.config)
             self.state = load_checkpoint(checkpoint, settings, optimizer=self.optimizer, **self.models)
             logger.info("resumed at epoch %d, step %d", self.state.epoch, self.state.step)

@@ -1,12 +1,13 @@
 """What all commands share: their common options, their examples, and what becomes of errors."""
 
+import contextlib
 import inspect
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec
 
@@ -28,11 +29,11 @@ COMMON: dict[str, Any] = {
 _DEFAULTS: dict[str, Any] = {"as_json": False, "seed": None, "debug": False}
 
 
-class UnreadableError(Exception):
-    """Something that was named on the command line is missing or cannot be read: a failure, whenever it is met."""
+class FailureError(Exception):
+    """A failure, whenever it is met: what was typed is well formed, but the file or device that it names is not there."""
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ctrl-C was answered in an orderly way; the message says how to go on."""
 
 
@@ -84,20 +85,18 @@ def command(
     return decorate
 
 
-class _logging_to:
+@contextlib.contextmanager
+def _logging_to(screen: Screen) -> Generator[None]:
     """Show the library's log on a screen while the block runs."""
-
-    def __init__(self, screen: Screen) -> None:
-        self.logger, self.handler = logging.getLogger("wnq"), NotesHandler(screen)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
+    logger, handler = logging.getLogger("wnq"), NotesHandler(screen)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _seed(seed: int) -> None:
@@ -116,8 +115,8 @@ def _explain(error: BaseException, screen: Screen, debug: bool) -> NoReturn:
         # The reader of stdout is gone (wnq … | head); nothing is left to be told, and closing must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILURE)
-    if isinstance(error, Stopped | KeyboardInterrupt):
-        screen.note(f"wnq: {error if isinstance(error, Stopped) else 'interrupted'}")
+    if isinstance(error, StoppedError | KeyboardInterrupt):
+        screen.note(f"wnq: {error if isinstance(error, StoppedError) else 'interrupted'}")
         raise typer.Exit(INTERRUPTED)
     code = USAGE if _is_mistake(error) and not screen.working else FAILURE
     if _is_known(error):
@@ -137,7 +136,7 @@ def _is_mistake(error: BaseException) -> bool:
 def _is_known(error: BaseException) -> bool:
     from wnq.train import TrainingDivergedError
 
-    return isinstance(error, ValueError | TypeError | OSError | ImportError | UnreadableError | TrainingDivergedError)
+    return isinstance(error, ValueError | TypeError | OSError | ImportError | FailureError | TrainingDivergedError)
 
 
 def sentence(error: BaseException) -> str:
@@ -151,8 +150,8 @@ def existing(path: Path) -> Path:
     """Return ``path`` if something is there.
 
     Raises:
-        UnreadableError: nothing is.
+        FailureError: nothing is.
     """
     if not path.exists():
-        raise UnreadableError(f"{path} does not exist.")
+        raise FailureError(f"{path} does not exist.")
     return path

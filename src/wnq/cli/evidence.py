@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wnq.cli.command import Json, command, existing
+from wnq.cli.command import Json, command
 from wnq.cli.options import InChannels, ModelName, ModelOption, NumClasses
 from wnq.cli.screen import Screen
 from wnq.cli.targets import Target, open_target
@@ -14,7 +14,17 @@ from wnq.cli.targets import Target, open_target
 if TYPE_CHECKING:
     from wnq.analysis import LayerStats
 
-SHOWN = ("name", "shape", "method", "bits", "crest", "kurtosis", "tail_mass", "relative_error", "law_error", "levels_used")
+SHOWN = (
+    "name",
+    "shape",
+    "method",
+    "bits",
+    "crest",
+    "kurtosis",
+    "tail_mass",
+    "relative_error",
+    "law_error",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +76,8 @@ def layer_rows(target: Target) -> "list[LayerStats]":
 def report(
     screen: Screen,
     targets: Annotated[
-        list[Path], typer.Argument(help="Run folders, packed files, or float weights with --model; the first is the reference.")
+        list[Path],
+        typer.Argument(help="Run folders, packed files, or float weights with --model; the first is the reference."),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Weights before and after quantization",
@@ -85,7 +96,7 @@ def report(
 
     opened = [open_target(path, model, num_classes, in_channels, model_option) for path in targets]
     if len(opened) == 1:
-        opened = [*_start_of(opened[0]), *opened]
+        opened = [*_start_of(screen, opened[0]), *opened]
     screen.work()
     evidence = [
         collect_evidence(target.model, name, summary=_summary(target))
@@ -97,7 +108,7 @@ def report(
     return {"out": path, "models": [model.name for model in evidence], "bytes": path.stat().st_size}
 
 
-def _start_of(target: Target) -> list[Target]:
+def _start_of(screen: Screen, target: Target) -> list[Target]:
     """Return the float model that a run started from, if it did."""
     import dataclasses
 
@@ -108,7 +119,10 @@ def _start_of(target: Target) -> list[Target]:
     recipe = target.recipe
     if recipe is None or recipe.model.start is None:
         return []
-    path = existing(Path(recipe.model.start))
+    path = Path(recipe.model.start)
+    if not path.exists():
+        screen.note(f"{path}, where {target.path} started from, does not exist here: the report shows the run alone.")
+        return []
     with torch.random.fork_rng(devices=[]):
         train = dataclasses.replace(recipe.train, distill_weight=0.0)
         model, _ = build(dataclasses.replace(recipe, quantize=None, train=train))

@@ -73,7 +73,10 @@ def unpack(
 
 def _show(screen: Screen, path: Path, sizes: "SizeReport") -> dict[str, Any]:
     screen.table(
-        [{**dataclasses.asdict(layer), "times smaller": layer.float_bytes / layer.packed_bytes} for layer in sizes.layers]
+        [
+            {**dataclasses.asdict(layer), "times smaller": layer.float_bytes / layer.packed_bytes}
+            for layer in sizes.layers
+        ]
     )
     totals: dict[str, Any] = {
         "packed_bytes": sizes.packed_bytes,
@@ -85,5 +88,7 @@ def _show(screen: Screen, path: Path, sizes: "SizeReport") -> dict[str, Any]:
     }
     screen.say("")
     screen.table([totals])
-    screen.say(f"\n{path}: {sizes.file_bytes:,} bytes, {sizes.ratio:.2f} times smaller than float32.\nSHA-256 {sizes.sha256}")
+    screen.say(
+        f"\n{path}: {sizes.file_bytes:,} bytes, {sizes.ratio:.2f} times smaller than float32.\nSHA-256 {sizes.sha256}"
+    )
     return {"file": path, **dataclasses.asdict(sizes), "weights": sizes.weights, "ratio": sizes.ratio}

@@ -64,7 +64,8 @@ def plan(
         typer.Option(metavar="KEY=VALUE", help="Another option of the method. Can be repeated."),
     ] = None,
     first_last_bits: Annotated[
-        str, typer.Option(metavar="BITS", help="Width of the first and last layer, or none to treat them as all others.")
+        str,
+        typer.Option(metavar="BITS", help="Width of the first and last layer, or none to treat them as all others."),
     ] = "8",
     keep_float: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave float, as a wildcard. Can be repeated.")
@@ -96,7 +97,8 @@ def plan(
     )
     made = plan_of(section, build(model, num_classes, in_channels, model_option))
     rows = plan_rows(made)
-    screen.table(rows, [column for column in rows[0] if column != "kind"])
+    # Before the first batch there is nothing to say about the inputs.
+    screen.table(rows, [column for column in rows[0] if column not in ("kind", "input")])
     quantized = sum(layer.parameters for layer in made.layers)
     floats = sum(left.parameters for left in made.floats)
     kib = sum(layer.size_kib for layer in made.layers) + sum(left.size_kib for left in made.floats)

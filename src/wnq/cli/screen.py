@@ -4,12 +4,12 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 240
 """Columns of a table that is not shown on a terminal: wide enough not to break any."""
+
+
+UNBROKEN = 20
+"""Cells up to this width are not broken, however narrow the terminal."""
+
+
+class OnStep(Protocol):
+    """What a bar of training is moved by: the progress, and a new name for what is going on."""
+
+    def __call__(self, now: "TrainProgress", what: str = "") -> None:
+        """Show the progress."""
+
 
 QUIET_SECONDS = 10.0
 """Without a terminal, progress is one line in this time at most."""
@@ -56,7 +68,9 @@ class Screen:
         """Print a line that is not part of the result."""
         self.notes.print(text, soft_wrap=True)
 
-    def table(self, rows: Iterable[Mapping[str, object]], columns: Sequence[str] | None = None, title: str = "") -> None:
+    def table(
+        self, rows: Iterable[Mapping[str, object]], columns: Sequence[str] | None = None, title: str = ""
+    ) -> None:
         """Print rows; numbers stand right. None and NaN show as a dash.
 
         Args:
@@ -69,10 +83,15 @@ class Screen:
             return
         columns = list(rows[0]) if columns is None else columns
         plain = not self.console.is_terminal
-        table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain, show_edge=False)
+        style = None if plain else box.SIMPLE_HEAD
+        table = Table(box=style, pad_edge=False, show_edge=False, padding=(0, 2 if plain else 1, 0, 0))
         for column in columns:
+            cells = [cell(row[column]) for row in rows]
+            heading = column if plain else column.replace("_", " ")  # breaks where a terminal is narrow
+            longest = max(map(len, [*heading.split(), *cells]))
             numeric = all(isinstance(row[column], int | float | None) for row in rows)
-            table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            justify = "right" if numeric else "left"
+            table.add_column(heading, justify=justify, overflow="fold", min_width=min(longest, UNBROKEN))
         for row in rows:
             table.add_row(*(cell(row[column]) for column in columns))
         if title:
@@ -80,7 +99,7 @@ class Screen:
         self.console.print(table)
 
     @contextlib.contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def bar(self, what: str) -> Generator[Callable[[int, int], None]]:
         """Show a bar while the block runs; call what is yielded with (done, in all)."""
         with self._progress(TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()) as progress:
             task: TaskID | None = None
@@ -94,36 +113,37 @@ class Screen:
             yield update
 
     @contextlib.contextmanager
-    def training_bar(self, what: str = "") -> Iterator[Callable[["TrainProgress"], None]]:
+    def training_bar(self, what: str = "") -> Generator["OnStep"]:
         """Show how training goes while the block runs; pass what is yielded as ``on_step``."""
         plain = not self.notes.is_terminal
         last = time.monotonic()
-        with self._progress(TextColumn("{task.fields[state]}")) as progress:
+        wide = plain or self.notes.width >= 120
+        with self._progress(TextColumn("{task.fields[state]}"), bar=wide) as progress:
             task = progress.add_task(what, total=None, state="")
 
-            def on_step(now: "TrainProgress") -> None:
+            def on_step(now: "TrainProgress", what: str = what) -> None:
                 nonlocal last
                 if not plain:
-                    done = (now.epoch - 1) * now.steps + now.step
-                    progress.update(task, completed=done, total=now.epochs * now.steps, state=describe(now))
+                    done, total = (now.epoch - 1) * now.steps + now.step, now.epochs * now.steps
+                    progress.update(task, description=what, completed=done, total=total, state=describe(now))
                 elif (now.epoch == now.epochs and now.val) or time.monotonic() - last > QUIET_SECONDS:
                     last = time.monotonic()
                     self.note(f"{what}  {describe(now)}".strip())
 
             yield on_step
 
-    def _progress(self, *columns: TextColumn | TimeRemainingColumn) -> Progress:
-        shown = [TextColumn("{task.description}"), BarColumn(bar_width=24), *columns]
+    def _progress(self, *columns: ProgressColumn, bar: bool = True) -> Progress:
+        shown = [TextColumn("{task.description}"), *([BarColumn(bar_width=16)] if bar else []), *columns]
         return Progress(*shown, console=self.notes, disable=not self.notes.is_terminal, transient=True)
 
 
 def describe(now: "TrainProgress") -> str:
     """Return the state of training in one line."""
-    seconds = int(now.seconds_left)
-    left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02d}"
-    val = "" if now.val is None else f"  validation {now.val.accuracy:.2f} %"
+    minutes, seconds = divmod(int(now.seconds_left), 60)
+    left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    val = "" if now.val is None else f"  val {now.val.accuracy:.2f} %"
     return (
-        f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.4f}  accuracy {now.accuracy:.2f} %  "
+        f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.4f}  acc {now.accuracy:.2f} %  "
         f"{now.images_per_second:,.0f} images/s  {left} left{val}"
     )
 
@@ -133,7 +153,7 @@ def cell(value: object) -> str:
     if value is None or value != value:  # NaN differs from itself
         return "–"
     if isinstance(value, float):
-        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4g}"
+        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, tuple | list):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wnq.cli.command import UnreadableError, existing
+from wnq.cli.command import FailureError, existing
 from wnq.cli.options import build
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def open_target(
     """Read a run's folder, a packed file or, with a network's name, float weights.
 
     Raises:
-        UnreadableError: it is missing, damaged or does not fit the network.
+        FailureError: it is missing, damaged or does not fit the network.
         ValueError: the network's name or options are wrong.
     """
     existing(path)
@@ -65,7 +65,7 @@ def open_target(
     try:
         load_weights_(network, path)
     except ValueError as error:
-        raise UnreadableError(str(error)) from error
+        raise FailureError(str(error)) from error
     return Target(path, "float", network.eval())
 
 
@@ -73,7 +73,7 @@ def open_run(path: Path) -> Target:
     """Read a run's folder.
 
     Raises:
-        UnreadableError: it holds no finished run, or its files are damaged.
+        FailureError: it holds no finished run, or its files are damaged.
     """
     from wnq.recipe import load_run
 
@@ -83,7 +83,7 @@ def open_run(path: Path) -> Target:
         result = path / "result.json"
         accuracy = json.loads(result.read_text(encoding="utf-8"))["val_accuracy"] if result.exists() else None
     except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+        raise FailureError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
     return Target(path, "run", model, recipe, accuracy)
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wnq.cli.command import Json, Stopped, UnreadableError, command, existing
+from wnq.cli.command import FailureError, Json, StoppedError, command, existing
 from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, data_options, set_keys
 from wnq.cli.screen import Screen
 from wnq.cli.targets import open_target
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from wnq.data import Dataset
@@ -72,7 +73,7 @@ def train(
         again = ["wnq", "train", str(recipe), "--out", str(out), "--resume"]
         again += [word for text in assign or () for word in ("--set", text)]
         again += [] if screen.seed is None else ["--seed", str(screen.seed)]
-        raise Stopped(f"stopped; the state is saved in {out}. Continue with: {shlex.join(again)}") from None
+        raise StoppedError(f"stopped; the state is saved in {out}. Continue with: {shlex.join(again)}") from None
     finally:
         if accelerator is not None:
             accelerator.end_training()
@@ -125,11 +126,23 @@ def _tracker(out: Path, recipe: "Recipe") -> "Accelerator":
         import tensorboard as _  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
         from accelerate import Accelerator
     except ImportError as error:
-        raise UnreadableError(f'--tensorboard needs {error.name}: pip install "wnq[train]"') from error
+        raise ModuleNotFoundError(f'--tensorboard needs {error.name}: pip install "wnq[train]"') from error
     accelerator = Accelerator(log_with="tensorboard", project_dir=out)
     simple = {key: value for key, value in dataclasses.asdict(recipe.train).items() if value is not None}
     accelerator.init_trackers("tensorboard", config=simple)
     return accelerator
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}.") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise FailureError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return place
 
 
 def evaluate(
@@ -145,21 +158,21 @@ def evaluate(
     model_option: ModelOption = None,
 ) -> Json:
     """Measure the accuracy on the validation images: a run's own, or those of --data."""
-    import torch
-
     from wnq.data import Batches
     from wnq.evaluate import evaluate as measure
     from wnq.recipe import DataSection, Recipe
 
     options = data_options(data_option)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     opened = open_target(target, model, num_classes, in_channels, model_option)
     if data is not None:
         section = DataSection(name=data, **options)
     elif opened.recipe is not None:
         section = dataclasses.replace(opened.recipe.data, **options)
     else:
-        raise ValueError(f"{target} does not say which images it was trained on: pass --data, for example --data digits.")
+        raise ValueError(
+            f"{target} does not say which images it was trained on: pass --data, for example --data digits."
+        )
     with screen.bar("reading images") as on_image:
         images = _load(Recipe(data=section), on_image)
     screen.work()

@@ -13,8 +13,8 @@ def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
     r"""Learn the step of every layer's weights and inputs along with the weights.
 
     Forward: :math:`\hat v = s\,\mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`, signed for weights.
-    Gradient: :math:`d\hat v/dv = 1` inside the clip range; :math:`d\hat v/ds = \bar v - v/s` inside, the bound outside, multiplied by
-    :math:`1/\sqrt{N Q_p}`.
+    Gradient: :math:`d\hat v/dv = 1` inside the clip range; :math:`d\hat v/ds = \bar v - v/s` inside, the bound outside,
+    multiplied by :math:`1/\sqrt{N Q_p}`.
 
     Args:
         w_bits: width of the weights, 2 to 8 (one signed bit has no positive level), or 32.

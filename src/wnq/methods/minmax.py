@@ -56,7 +56,8 @@ def minmax(w_bits: int = 3, a_bits: int = 3, *, granularity: str = "tensor", act
     r"""Plain min-max: an affine grid over the range of the weights, recomputed each step, no gradient through the range.
 
     Forward: :math:`S = (\max(w, 0) - \min(w, 0))/(2^k - 1)`, :math:`Z = \mathrm{round}(-\min(w, 0)/S)`,
-    :math:`w_q = S(\mathrm{clip}(\mathrm{round}(w/S) + Z, 0, 2^k-1) - Z)`; zero is exact. Gradient: dw_q/dw = 1; S and Z are constants.
+    :math:`w_q = S(\mathrm{clip}(\mathrm{round}(w/S) + Z, 0, 2^k-1) - Z)`; zero is exact.
+    Gradient: dw_q/dw = 1; S and Z are constants.
 
     Its nearest relative among this library's own arms is ``wnq(max_gain=0)``: max scaling on the symmetric range, detached.
 

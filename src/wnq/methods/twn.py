@@ -11,7 +11,9 @@ from wnq.ste import straight_through
 
 
 class ThresholdTernary(Quantizer):
-    r""":math:`w_q = \alpha\,\mathrm{sign}(w)\,1_{|w| > \Delta}` with :math:`\Delta = t\,\mathrm{mean}|w|`, alpha the mean of |w| above it.
+    r""":math:`w_q = \alpha\,\mathrm{sign}(w)\,1_{|w| > \Delta}` with :math:`\Delta = t\,\mathrm{mean}|w|`.
+
+    Alpha is the mean of the magnitudes above the threshold.
 
     The threshold is no mid-point of the levels, so a codebook alone cannot encode: this class owns the codes.
     """
