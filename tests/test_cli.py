@@ -333,7 +333,19 @@ def test_text_in_brackets_is_shown_as_it_is(wnq) -> None:
 
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "long.toml").write_text(FLOAT.replace("epochs = 1", "epochs = 100000"))
-    command = [sys.executable, "-m", "wnq.cli", "train", "long.toml", "--out", "a run", "--set", "train.momentum=0.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "wnq.cli",
+        "train",
+        "long.toml",
+        "--out",
+        "a run",
+        "--set",
+        "train.momentum=0.5",
+        "--threads",
+        "1",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -352,7 +364,9 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
     assert last.startswith("wnq: stopped; the state is saved in a run.")
-    assert last.endswith("Continue with: wnq train long.toml --out 'a run' --resume --set train.momentum=0.5")
+    assert last.endswith(
+        "Continue with: wnq train long.toml --out 'a run' --resume --set train.momentum=0.5 --threads 1"
+    )
     assert (tmp_path / "a run" / "checkpoint.pt").exists()
     assert out == ""
     assert "\x1b" not in err

@@ -17,8 +17,16 @@ TIMINGS = ("seconds", "images_per_second")
 
 def launch(command: list[str], folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        arguments = [*command, str(SCRIPT), str(folder)]
+        process = subprocess.Popen(arguments, env=environment, stdout=output, stderr=output)
+        try:
+            code = process.wait(timeout=180)
+        except subprocess.TimeoutExpired:  # processes that wait for each other
+            process.terminate()  # torchrun ends its processes, which are in sessions of their own
+            code = process.wait()
+    assert code == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_resume import CASES, make_case, train
 
+from helpers_resume import CASES, make_case, train
 from wnq.data import load_data
 from wnq.train import TrainConfig, fit
-
 
 TIMINGS = ("seconds", "images_per_second")
 

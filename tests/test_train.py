@@ -2,6 +2,7 @@ import copy
 import math
 import signal
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_schedule_values():
     assert values[30] == pytest.approx(0.2 + 0.8 / 2)  # half way down
     assert values[20] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert values[50] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a > b for a, b in pairwise(values[10:]))
     assert schedule(0, 5, TrainConfig(warmup_epochs=0)) == 1.0
     assert schedule(2, 5, TrainConfig(epochs=1, warmup_epochs=0.5)) == pytest.approx(3 / 3.5)
 

@@ -7,7 +7,6 @@ A run's folder holds ``recipe.json`` (everything resolved), ``plan.json``, ``met
 import dataclasses
 import json
 import logging
-import platform
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +17,14 @@ from torch import nn
 
 from wnq.attach import input_signs, quantize_
 from wnq.data import Dataset, load_data
+from wnq.environment import environment
 from wnq.files import replacing, write_text
 from wnq.methods import get_method
 from wnq.models import build_model
 from wnq.plan import Plan, make_plan
 from wnq.schema import check_keys, check_table, check_type, from_table
 from wnq.train import Progress, TrainConfig, TrainResult, fit, plain_accelerator
+from wnq.weights import load_weights_
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -188,40 +189,6 @@ def plan_of(section: QuantizeSection, model: nn.Module) -> Plan:
     )
 
 
-def load_weights_(model: nn.Module, path: str | Path) -> None:
-    """Load a state dict from ``.safetensors``, ``.pt`` (tensors only, never code) or a run's folder, in place.
-
-    Raises:
-        ValueError: the file is missing or unreadable, or its names or shapes do not fit the model.
-    """
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(
-            f"cannot read the weights {file}: {reason}. Give a .safetensors file, a .pt state dict of tensors, or the "
-            "folder of a finished run."
-        ) from None
-    if isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]  # pyright: ignore[reportUnknownVariableType]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{file} holds a {type(state).__name__}, expected a state dict (name -> tensor).")
-    try:
-        model.load_state_dict(dict(state))  # pyright: ignore[reportUnknownArgumentType]
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{file} does not fit {type(model).__name__}: {str(error).strip()}\n"
-            "Build the model with the name and options that these weights were trained with."
-        ) from None
-
-
 def data_of(section: DataSection, progress: Callable[[int, int], None] | None = None) -> Dataset:
     """Load the images of a ``[data]`` table."""
     return load_data(progress=progress, **dataclasses.asdict(section))
@@ -329,29 +296,3 @@ def load_run(folder: str | Path) -> tuple[Recipe, nn.Module]:
         quantize_(model, Plan.load(folder / "plan.json"))
     load_weights_(model, folder)
     return recipe, model.eval()
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on besides its recipe: versions, processor, threads."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions: dict[str, str] = {}
-    for package in ("wnq", "torch", "numpy", "accelerate", "datasets", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }

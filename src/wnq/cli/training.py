@@ -49,12 +49,22 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Can be repeated."),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the processor; tiny networks on a busy machine are fastest with 1.", show_default=False
+        ),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log to TensorBoard in the run's folder.")] = False,
 ) -> Json:
     """Train a recipe, float or quantized, into a folder. Ctrl-C saves the state; --resume continues."""
+    import torch
+
     from wnq.recipe import load_recipe, recipe_from, run_recipe
     from wnq.train import Interrupted
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     tables = load_recipe(existing(recipe)).to_json()
     set_keys(tables, assign)
     plan = recipe_from(tables, where=str(recipe))
@@ -72,6 +82,7 @@ def train(
     except Interrupted:
         again = ["wnq", "train", str(recipe), "--out", str(out), "--resume"]
         again += [word for text in assign or () for word in ("--set", text)]
+        again += [] if threads is None else ["--threads", str(threads)]
         again += [] if screen.seed is None else ["--seed", str(screen.seed)]
         raise StoppedError(f"stopped; the state is saved in {out}. Continue with: {shlex.join(again)}") from None
     finally:

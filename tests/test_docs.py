@@ -1,0 +1,71 @@
+"""The examples of the README and the guide run; so do the docstrings'."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import wnq
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_first_example_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page)[0], page, "exec"), {})
+
+
+def test_the_readme_example_is_short():
+    code = [line for line in blocks("README.md")[0].splitlines() if line.strip()]
+    assert len(code) <= 12
+
+
+def test_the_guides_exceptions_run():
+    code = blocks("docs/guide.md")[1].replace('"head.*"', '"*.0.conv1"').replace('"layer3.*"', '"*.1.conv2"')
+    names = {"wnq": wnq, "model": wnq.build_model("resnet20")}
+    exec(compile(code.rsplit("\n", 2)[0], "guide", "exec"), names)
+    assert {layer.method.w_bits for layer in names["plan"].layers} == {2, 4, 8}
+
+
+def test_the_format_pages_reader_reads_a_file(tmp_path):
+    names = {}
+    exec(compile(blocks("docs/format.md")[0], "format", "exec"), names)
+    torch.manual_seed(0)
+    model = wnq.build_model("digits_cnn")
+    wnq.quantize_(model, wnq.make_plan(model, wnq.get_method("wnq", w_bits=3, a_bits=32), first_last_bits=None))
+    wnq.save(model, tmp_path / "m.safetensors")
+    checked = 0
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        for name, _, quantizer in wnq.quantized_layers(model):
+            expected = quantizer.quantize(wnq.attach.float_weight(model.get_submodule(name))).codes.reshape(-1).tolist()
+            packed = bytes(file.get_tensor(f"{name}.weight_packed").tolist())
+            assert names["unpack"](packed, 3, len(expected)) == expected
+            checked += 1
+    assert checked == 4
+
+
+def modules():
+    return [m.name for m in pkgutil.walk_packages(wnq.__path__, "wnq.") if "__main__" not in m.name]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_the_methods_page_has_an_example():
+    finder = doctest.DocTestFinder()
+    assert any(test.examples for test in finder.find(sys.modules["wnq.methods.wnq"]))
