@@ -23,7 +23,8 @@ from results import hardware_tag, write_results
 
 import wnq
 from wnq.data import load_data
-from wnq.recipe import QuantizeSection, Recipe, environment, load_recipe, load_run, run_recipe
+from wnq.environment import environment
+from wnq.recipe import QuantizeSection, Recipe, load_recipe, load_run, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "cifar100"

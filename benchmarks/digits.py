@@ -23,7 +23,7 @@ from results import hardware_tag, write_results
 from wnq.analysis import layer_stats
 from wnq.data import load_data
 from wnq.demo import ARMS, START, TRAINING, Arm, arm, float_start, pack_and_prove, train_arm
-from wnq.recipe import environment
+from wnq.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 # The weight rules differ; input quantizers (learned step) and first and last layers (8 bits) are the same for all. TWN and BWN

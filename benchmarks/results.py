@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from wnq.environment import environment
 from wnq.files import write_text
-from wnq.recipe import environment
 
 FOLDER = Path(__file__).resolve().parent / "results"
 

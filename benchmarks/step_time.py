@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import wnq
+from wnq.environment import environment
 from wnq.models import build_model
-from wnq.recipe import environment
 
 
 class FusedFixed(nn.Module):
@@ -136,7 +136,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
     labels = torch.randint(0, 100, (options.batch,), generator=generator).to(device)
-    models = {name: model.to(device, memory_format=torch.channels_last).train() for name, model in arms(options.bits).items()}
+    models = {
+        name: model.to(device, memory_format=torch.channels_last).train() for name, model in arms(options.bits).items()
+    }
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for name, model in models.items()}
 
     def step(name: str) -> float:
@@ -158,20 +160,33 @@ def main() -> None:
         for name in models:
             times[name].append(step(name))
     rows = []
-    lines = ["| arm | ms a step, median | ratio to float, median | min – max of the ratio |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| arm | ms a step, median | ratio to float, median | min – max of the ratio |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["float"], strict=True)]
-        row = {"arm": name, "ms": [1e3 * s for s in seconds], "ratio_median": statistics.median(ratios), "ratios": ratios}
+        row = {
+            "arm": name,
+            "ms": [1e3 * s for s in seconds],
+            "ratio_median": statistics.median(ratios),
+            "ratios": ratios,
+        }
         rows.append(row)
         lines.append(
-            f"| {name} | {1e3 * statistics.median(seconds):.1f} | {row['ratio_median']:.2f} | {min(ratios):.2f} – {max(ratios):.2f} |"
+            f"| {name} | {1e3 * statistics.median(seconds):.1f} | {row['ratio_median']:.2f} | "
+            f"{min(ratios):.2f} – {max(ratios):.2f} |"
         )
     env = environment()
     if "brevitas QuantConv2d" in models:
         from importlib.metadata import version
 
         env["brevitas"] = version("brevitas")
-    config = {**vars(options), "network": "resnet20, 100 classes, channels-last, float32, eager", "optimizer": "SGD, momentum 0.9"}
+    config = {
+        **vars(options),
+        "network": "resnet20, 100 classes, channels-last, float32, eager",
+        "optimizer": "SGD, momentum 0.9",
+    }
     path = write_results("step_time", options.hardware or hardware_tag(), config, env, rows, lines)
     print("\n".join(lines))
     print(f"written to {path.name}")

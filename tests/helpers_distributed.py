@@ -9,11 +9,11 @@ import torch
 
 from wnq import get_method, make_plan, quantize_
 from wnq.data import Batches, Dataset, load_data
-from wnq.evaluate import evaluate
+from wnq.metrics import evaluate
 from wnq.models import build_model
-from wnq.progress import Progress
 from wnq.recipe import recipe_from, run_recipe
 from wnq.train import Interrupted, TrainConfig, fit, plain_accelerator
+from wnq.train.progress import Progress
 
 SETTINGS = {"epochs": 2, "batch_size": 64, "lr": 0.05, "ema_decay": 0.0}
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import wnq
 from wnq.artifact import inspect_file, load, save, unpack_file
-from wnq.bundle import bundle, unbundle
-from wnq.container import ArtifactError, read_artifact, write_artifact
-from wnq.content import read_levels, store_levels
-from wnq.manifest import Manifest
+from wnq.artifact.bundle import bundle, unbundle
+from wnq.artifact.container import ArtifactError, read_artifact, write_artifact
+from wnq.artifact.content import read_levels, store_levels
+from wnq.artifact.manifest import Manifest
 from wnq.methods import MethodInfo
 from wnq.models import registered_model
 

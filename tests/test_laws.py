@@ -25,7 +25,6 @@ METHODS += [("lsq", {"w_bits": bits}) for bits in range(2, 9)]
 METHODS += [("bwn", {}), ("twn", {}), ("twn", {"threshold": 0.75, "granularity": "channel"})]
 
 
-
 def ignoring_tensor(kind, *args, **kwargs):
     return lambda _: kind(*args, **kwargs)
 

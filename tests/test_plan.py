@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import wnq
-from wnq.plan import FloatLayer, Plan, plan_rows
+from wnq.plan import FloatLayer, Plan
+from wnq.plan_table import plan_rows
 
 
 class Net(nn.Module):
@@ -115,7 +116,9 @@ def test_bad_plan_files_are_explained(tmp_path, edit, message):
 
 
 def test_patterns_that_match_nothing_name_the_closest_layer():
-    with pytest.raises(ValueError, match=r"override pattern 'layer1.\*.covn' matches no quantizable layer. .*4 layers: stem"):
+    with pytest.raises(
+        ValueError, match=r"override pattern 'layer1.\*.covn' matches no quantizable layer. .*4 layers: stem"
+    ):
         wnq.make_plan(Net(), METHOD, override={"layer1.*.covn": METHOD})
     with pytest.raises(ValueError, match=r"keep_float pattern 'stm' matches no quantizable layer. Did you mean 'stem'"):
         wnq.make_plan(Net(), METHOD, keep_float=["stm"])

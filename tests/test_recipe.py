@@ -13,9 +13,9 @@ from wnq import get_plan, make_plan, quantized_layers
 from wnq.data import Batches, Dataset, load_data
 from wnq.models import build_model
 from wnq.plan import Plan
-from wnq.progress import Progress
 from wnq.recipe import Recipe, build, load_recipe, load_run, load_weights_, plan_of, recipe_from, resolve, run_recipe
 from wnq.train import Interrupted, TrainConfig, TrainingDivergedError, fit
+from wnq.train.progress import Progress
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

@@ -12,9 +12,9 @@ import torch
 
 from wnq.analysis import Histogram, LayerStats, ModelEvidence, error_stats, histogram, tensor_stats
 from wnq.normalizers import Normalized, max_abs
-from wnq.plots import short_name
 from wnq.quantizer import Uniform
 from wnq.report import write_report
+from wnq.report.plots import short_name
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

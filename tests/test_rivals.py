@@ -82,7 +82,11 @@ def test_twn_threshold_is_near_the_optimum_on_a_gaussian():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_minmax_equals_the_affine_rule(bits):
-    for w in (GENERATOR.normal(size=(6, 9)), np.abs(GENERATOR.normal(size=(6, 9))), -np.abs(GENERATOR.normal(size=(2, 9)))):
+    for w in (
+        GENERATOR.normal(size=(6, 9)),
+        np.abs(GENERATOR.normal(size=(6, 9))),
+        -np.abs(GENERATOR.normal(size=(2, 9))),
+    ):
         y, gradient = run(wnq.get_method("minmax", w_bits=bits), w)
         top = 2**bits - 1
         high, low = max(w.max(), 0), min(w.min(), 0)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wnq import get_method, make_plan, quantize_, quantized_layers
-from wnq.batchnorm import reestimate_batchnorm_
-from wnq.config import schedule
 from wnq.data import Augment, Batches, Dataset, load_data
-from wnq.evaluate import evaluate
-from wnq.loss import training_loss
+from wnq.metrics import evaluate
 from wnq.models import build_model
-from wnq.progress import Progress
 from wnq.train import Interrupted, TrainConfig, TrainingDivergedError, fit
+from wnq.train.batchnorm import reestimate_batchnorm_
+from wnq.train.config import schedule
+from wnq.train.loss import training_loss
+from wnq.train.progress import Progress
 
 
 @pytest.fixture(autouse=True)

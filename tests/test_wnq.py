@@ -47,7 +47,9 @@ def weights(shape, seed, tail=True):
     return generator.standard_t(3, size=shape) * 0.1 if tail else generator.normal(size=shape) * 0.1
 
 
-CASES = [(bits, grid) for bits in range(1, 9) for grid in ("full", "symmetric") if not (bits == 1 and grid == "symmetric")]
+CASES = [
+    (bits, grid) for bits in range(1, 9) for grid in ("full", "symmetric") if not (bits == 1 and grid == "symmetric")
+]
 
 
 @pytest.mark.parametrize(("bits", "grid"), CASES)

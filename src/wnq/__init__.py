@@ -1,29 +1,99 @@
-"""wnq: any PyTorch model at 1-8 bits by weight-normalization based quantization (arXiv:1907.00593)."""
+"""wnq: any PyTorch model at 1-8 bits by weight-normalization based quantization (arXiv:1907.00593).
 
-from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
-from wnq.methods import Method, get_method, list_methods, register
-from wnq.plan import Plan, format_plan, make_plan
-from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, Uniform
+The public names are imported when they are first used, so that the command line starts quickly.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wnq.analysis import LayerStats, collect_evidence, layer_stats, weight_stats
+    from wnq.artifact import ArtifactError, SizeReport, inspect_file, load, save, unpack_file
+    from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
+    from wnq.data import load_data
+    from wnq.methods import Method, get_method, list_methods, register
+    from wnq.metrics import evaluate
+    from wnq.models import build_model, list_models
+    from wnq.plan import Plan, make_plan
+    from wnq.plan_table import format_plan
+    from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, Uniform
+    from wnq.recipe import load_recipe, load_run, run_recipe
+    from wnq.report import write_report
+    from wnq.train import TrainConfig, fit
 
 __version__ = "0.1.0"
 
+_MODULES = {
+    "analysis": ("LayerStats", "collect_evidence", "layer_stats", "weight_stats"),
+    "artifact": ("ArtifactError", "SizeReport", "inspect_file", "load", "save", "unpack_file"),
+    "attach": ("calibrate_", "freeze_", "get_plan", "input_signs", "param_groups", "quantize_", "quantized_layers"),
+    "data": ("load_data",),
+    "metrics": ("evaluate",),
+    "methods": ("Method", "get_method", "list_methods", "register"),
+    "models": ("build_model", "list_models"),
+    "plan": ("Plan", "make_plan"),
+    "plan_table": ("format_plan",),
+    "quantizer": ("CodebookQuantizer", "Quantized", "Quantizer", "Uniform"),
+    "recipe": ("load_recipe", "load_run", "run_recipe"),
+    "report": ("write_report",),
+    "train": ("TrainConfig", "fit"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
 __all__ = [
+    "ArtifactError",
     "CodebookQuantizer",
+    "LayerStats",
     "Method",
     "Plan",
     "Quantized",
     "Quantizer",
+    "SizeReport",
+    "TrainConfig",
     "Uniform",
+    "build_model",
     "calibrate_",
+    "collect_evidence",
+    "evaluate",
+    "fit",
     "format_plan",
     "freeze_",
     "get_method",
     "get_plan",
     "input_signs",
+    "inspect_file",
+    "layer_stats",
     "list_methods",
+    "list_models",
+    "load",
+    "load_data",
+    "load_recipe",
+    "load_run",
     "make_plan",
     "param_groups",
     "quantize_",
     "quantized_layers",
     "register",
+    "run_recipe",
+    "save",
+    "unpack_file",
+    "weight_stats",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"wnq.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    try:  # wnq.attach after import wnq, as if it had been imported
+        return importlib.import_module(f"wnq.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"wnq.{name}":
+            raise
+        raise AttributeError(f"module 'wnq' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

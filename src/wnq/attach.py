@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wnq.plan import INDEX_INPUT, LayerPlan, Plan, channel_axis
+from wnq.layers import INDEX_INPUT, channel_axis
+from wnq.plan import LayerPlan, Plan
 from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, check_finite
 
 ORIGINAL = "parametrizations.weight.original"
@@ -57,7 +58,8 @@ def get_plan(model: nn.Module) -> Plan:
     plan = getattr(model, "wnq_plan", None) or getattr(getattr(model, "module", None), "wnq_plan", None)
     if not isinstance(plan, Plan):
         raise ValueError(
-            f"{type(model).__name__} carries no plan: quantize it first, quantize_(model, make_plan(model, method))."
+            f"{type(model).__name__} carries no plan: it is a float model. Quantize it first, "
+            "quantize_(model, make_plan(model, method)), or train a recipe with a [quantize] table."
         )
     return plan
 

@@ -22,12 +22,12 @@ from wnq.analysis import LayerStats, ModelEvidence, collect_evidence, layer_stat
 from wnq.artifact import load, save
 from wnq.attach import quantize_
 from wnq.data import Batches, Dataset, load_data
+from wnq.environment import environment
 from wnq.files import replacing, write_text
 from wnq.methods import get_method
 from wnq.models import build_model
 from wnq.plan import make_plan
 from wnq.quantizer import FLOAT_BITS
-from wnq.recipe import environment
 from wnq.report import write_report
 from wnq.train import Progress, TrainConfig, fit
 

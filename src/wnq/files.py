@@ -1,14 +1,15 @@
 """Writing files so that a crash, a full disk or a second reader never meets half of one."""
 
 import contextlib
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Generator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the name ``path``, on any failure it is removed.
 
     Raises:
@@ -24,6 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # the new name must not outlive a power cut that the content did not
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
@@ -39,5 +42,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _explained(error: OSError, path: Path) -> OSError:
-    reason = error.strerror or str(error)
-    return OSError(f"cannot write {path}: {reason}. Free some space or choose a folder that you may write to.")
+    remedy = (
+        "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a folder that you may write to"
+    )
+    return OSError(f"cannot write {path}: {error.strerror or error}. {remedy}.")

@@ -33,7 +33,7 @@ class RoundToStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
         exact = x.to(compute_dtype(x))
-        if isinstance(low, Tensor) or torch.compiler.is_compiling():
+        if isinstance(low, Tensor) or isinstance(high, Tensor) or torch.compiler.is_compiling():
             value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         else:
             scaled = exact / step if exact is x else exact.div_(step)

@@ -11,32 +11,9 @@ from typing import Any
 from torch import nn
 
 from wnq.files import write_text
+from wnq.layers import CHANNEL_AXIS, FUSED, channel_axis
 from wnq.methods import Method, get_method
 from wnq.quantizer import FLOAT_BITS, check_bits
-
-CHANNEL_AXIS: dict[type[nn.Module], int] = {
-    nn.Conv1d: 0,
-    nn.Conv2d: 0,
-    nn.Conv3d: 0,
-    nn.ConvTranspose1d: 1,
-    nn.ConvTranspose2d: 1,
-    nn.ConvTranspose3d: 1,
-    nn.Linear: 0,
-    nn.Embedding: 0,
-    nn.EmbeddingBag: 0,
-}
-"""Layers whose ``weight`` can be quantized, with the dimension of their output channels."""
-
-INDEX_INPUT = (nn.Embedding, nn.EmbeddingBag)
-"""Layers whose input is indices, which are never quantized."""
-
-FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-"""Layers that bypass their children or keep several weights: left float, whole."""
-
-
-def channel_axis(layer: nn.Module) -> int | None:
-    """Return the output-channel dimension of a layer's weight, or None if the layer cannot be quantized."""
-    return next((axis for kind, axis in CHANNEL_AXIS.items() if isinstance(layer, kind)), None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +168,7 @@ def make_plan(
     """
     override = override or {}
     named = list(_walk(model))
-    names = [name for name, module, reason in named if reason is None]
+    names = [name for name, _, reason in named if reason is None]
     for option, patterns in (("keep_float", keep_float), ("override", override)):
         for pattern in patterns:
             _require_match(option, pattern, names)
@@ -281,79 +258,3 @@ def _require_match(option: str, pattern: str, names: Sequence[str]) -> None:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     raise ValueError(f"{option} pattern {pattern!r} matches no quantizable layer.{hint} {len(names)} layers: {shown}")
-
-
-def plan_rows(plan: Plan, signs: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Return the plan as table rows: layer, shape, method, w_bits, a_bits, input, parameters, kib, note.
-
-    Args:
-        plan: the plan.
-        signs: layer -> what its input quantizer decided, from :func:`wnq.input_signs`; before the first batch: undecided.
-    """
-    rows: list[dict[str, Any]] = []
-    for layer in plan.layers:
-        takes_indices = layer.kind in {kind.__name__ for kind in INDEX_INPUT}
-        quantized_input = layer.method.a_bits != FLOAT_BITS and not takes_indices
-        rows.append(
-            {
-                "layer": layer.name,
-                "kind": layer.kind,
-                "shape": "x".join(map(str, layer.shape)),
-                "method": layer.method.name,
-                "w_bits": layer.method.w_bits,
-                "a_bits": layer.method.a_bits if quantized_input else FLOAT_BITS,
-                "input": (signs or {}).get(layer.name, "first batch decides") if quantized_input else "float",
-                "parameters": layer.parameters,
-                "kib": round(layer.size_kib, 2),
-                "note": f"tied to {layer.tied_to}" if layer.tied_to else "",
-            }
-        )
-    for left in plan.floats:
-        rows.append(
-            {
-                "layer": left.name,
-                "kind": left.kind,
-                "shape": "",
-                "method": "float",
-                "w_bits": FLOAT_BITS,
-                "a_bits": FLOAT_BITS,
-                "input": "float",
-                "parameters": left.parameters,
-                "kib": round(left.size_kib, 2),
-                "note": left.reason,
-            }
-        )
-    return rows
-
-
-def format_plan(plan: Plan, signs: Mapping[str, str] | None = None) -> str:
-    """Return the plan as a plain-text table, one line a layer and a line of totals."""
-    header = ("layer", "shape", "method", "W/A", "input", "parameters", "KiB", "note")
-    lines = [
-        (
-            str(row["layer"] or "(model)"),
-            str(row["shape"] or row["kind"]),
-            str(row["method"]),
-            f"{row['w_bits']}/{row['a_bits']}",
-            str(row["input"]),
-            f"{row['parameters']:,}",
-            f"{row['kib']:,.2f}",
-            str(row["note"]),
-        )
-        for row in plan_rows(plan, signs)
-    ]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    right = {5, 6}
-    text = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [header, *lines]
-    ]
-    quantized = sum(layer.parameters for layer in plan.layers)
-    total = sum(layer.size_kib for layer in plan.layers) + sum(left.size_kib for left in plan.floats)
-    before = (quantized + sum(left.parameters for left in plan.floats)) * 4 / 1024
-    text.append(
-        f"{quantized:,} weights in {len(plan.layers)} layers; {before:,.1f} KiB as float32, {total:,.1f} KiB as planned."
-    )
-    return "\n".join(line.rstrip() for line in text)

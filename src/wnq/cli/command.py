@@ -128,7 +128,7 @@ def _explain(error: BaseException, screen: Screen, debug: bool) -> NoReturn:
 
 
 def _is_mistake(error: BaseException) -> bool:
-    from wnq.container import ArtifactError
+    from wnq.artifact.container import ArtifactError
 
     return isinstance(error, ValueError | TypeError) and not isinstance(error, ArtifactError)
 

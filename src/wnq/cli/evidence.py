@@ -91,7 +91,7 @@ def report(
     A single run that has a start of its own is compared with that start; several targets stand side by side.
     """
     from wnq.analysis import collect_evidence
-    from wnq.recipe import environment
+    from wnq.environment import environment
     from wnq.report import write_report
 
     opened = [open_target(path, model, num_classes, in_channels, model_option) for path in targets]

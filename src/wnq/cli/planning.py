@@ -84,7 +84,7 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
 ) -> Json:
     """Show which layer of a network would get what, and the size that comes of it."""
-    from wnq.plan import plan_rows
+    from wnq.plan_table import plan_rows
     from wnq.recipe import QuantizeSection, plan_of
 
     widths = {"w_bits": w_bits, "a_bits": a_bits}

@@ -91,7 +91,7 @@ def is_packed(path: Path) -> bool:
     """Return whether a file says of itself that ``wnq pack`` wrote it."""
     from safetensors import SafetensorError, safe_open
 
-    from wnq.container import FORMAT
+    from wnq.artifact.container import FORMAT
 
     try:
         with safe_open(path, framework="pt") as file:

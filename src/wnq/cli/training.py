@@ -170,7 +170,7 @@ def evaluate(
 ) -> Json:
     """Measure the accuracy on the validation images: a run's own, or those of --data."""
     from wnq.data import Batches
-    from wnq.evaluate import evaluate as measure
+    from wnq.metrics import evaluate as measure
     from wnq.recipe import DataSection, Recipe
 
     options = data_options(data_option)

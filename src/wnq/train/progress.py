@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from wnq.evaluate import Metrics
+from wnq.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from wnq.bundle import LIMIT, PREFIX, bundle, unbundle
+from wnq.artifact.bundle import LIMIT, PREFIX, bundle, unbundle
 from wnq.files import replacing
 
 FORMAT = "wnq"
@@ -170,7 +170,10 @@ def _checksums(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> di
         rest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         rest.update(_raw(tensor))
     # 64 bits name a damaged tensor well enough, and a file of many small layers has room for no more.
-    return {"packed": [hashlib.sha256(_raw(tensors[name])).hexdigest()[:16] for name in packed], "rest": rest.hexdigest()}
+    return {
+        "packed": [hashlib.sha256(_raw(tensors[name])).hexdigest()[:16] for name in packed],
+        "rest": rest.hexdigest(),
+    }
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> list[str]:

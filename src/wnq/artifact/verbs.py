@@ -14,6 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wnq.artifact.container import PACKED, ArtifactError, header_size, read_artifact, write_artifact
+from wnq.artifact.content import GRID, LEVELS, SCALE, Content, key_of, store_levels
+from wnq.artifact.manifest import Manifest, Stored
 from wnq.attach import (
     attach_codebook_,
     attach_input_,
@@ -23,9 +26,6 @@ from wnq.attach import (
     set_plan_,
     weight_quantizer,
 )
-from wnq.container import PACKED, ArtifactError, header_size, read_artifact, write_artifact
-from wnq.content import GRID, LEVELS, SCALE, Content, key_of, store_levels
-from wnq.manifest import Manifest, Stored
 from wnq.models import registered_model
 from wnq.packing import pack_codes
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from wnq.container import ArtifactError
+from wnq.artifact.container import ArtifactError
 from wnq.methods import Method, get_method
 from wnq.plan import FloatLayer, LayerPlan, Plan
 
@@ -77,7 +77,7 @@ class Manifest:
         """Check and rebuild a manifest from a file's metadata.
 
         Args:
-            document: what :func:`wnq.container.read_artifact` returned.
+            document: what :func:`wnq.artifact.container.read_artifact` returned.
             where: the file, for messages.
 
         Raises:

@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wnq import plots
 from wnq.analysis import ModelEvidence
 from wnq.files import write_text
-from wnq.plots import median, number
+from wnq.report import plots
+from wnq.report.plots import median, number
 
 TEMPLATE = "report.html.j2"
 
@@ -94,7 +94,7 @@ def _render(
     if any(plots.law_points(model) for model in models):
         charts["law"] = Markup(plots.law_chart("law", models))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("wnq").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string(resources.files("wnq.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         title=title,
         lead=lead,

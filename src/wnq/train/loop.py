@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wnq.attach import param_groups
-from wnq.batchnorm import reestimate_batchnorm_
-from wnq.checkpoint import TrainState, load_checkpoint, remove_leftovers, save_checkpoint
-from wnq.config import TrainConfig, schedule
 from wnq.data import Augment, Batches, Dataset
-from wnq.evaluate import Metrics, evaluate
 from wnq.files import write_text
-from wnq.interrupt import Interrupted, catching_interrupt
-from wnq.loss import training_loss
-from wnq.progress import Progress, TrainResult
+from wnq.metrics import Metrics, evaluate
+from wnq.train.batchnorm import reestimate_batchnorm_
+from wnq.train.checkpoint import TrainState, load_checkpoint, remove_leftovers, save_checkpoint
+from wnq.train.config import TrainConfig, schedule
+from wnq.train.interrupt import Interrupted, catching_interrupt
+from wnq.train.loss import training_loss
+from wnq.train.progress import Progress, TrainResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

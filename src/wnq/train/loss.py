@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from wnq.config import TrainConfig
+from wnq.train.config import TrainConfig
 
 
 def training_loss(logits: Tensor, labels: Tensor, config: TrainConfig, teacher_logits: Tensor | None = None) -> Tensor:

@@ -1,0 +1,19 @@
+"""The trainer: a readable loop (``loop``), its settings (``config``) and its parts."""
+
+from wnq.train.batchnorm import reestimate_batchnorm_
+from wnq.train.config import TrainConfig, schedule
+from wnq.train.interrupt import Interrupted
+from wnq.train.loop import TrainingDivergedError, fit, plain_accelerator
+from wnq.train.progress import Progress, TrainResult
+
+__all__ = [
+    "Interrupted",
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDivergedError",
+    "fit",
+    "plain_accelerator",
+    "reestimate_batchnorm_",
+    "schedule",
+]
