@@ -43,6 +43,7 @@ def write_report(
     *,
     title: str,
     lead: Sequence[str] = (),
+    checks: Sequence[str] = (),
     table: Sequence[Mapping[str, object]] | None = None,
     provenance: Mapping[str, object] | None = None,
 ) -> Path:
@@ -53,6 +54,7 @@ def write_report(
         models: the evidence; the first is what the others are compared with, usually the float start.
         title: heading of the page.
         lead: paragraphs under the heading, for example the question and the verdict; plain text.
+        checks: sentences listed under the results, one a claim that was held against the numbers; plain text.
         table: rows of the results table; their keys become columns in order of appearance. Default: each model's
             summary with the medians of its layers.
         provenance: what the numbers depend on (hardware, versions, seeds, command), shown at the end.
@@ -65,7 +67,7 @@ def write_report(
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"a report needs at least one model, each with a name of its own, got {names}.")
-    page = _render(models, title=title, lead=lead, table=table, provenance=provenance)
+    page = _render(models, title=title, lead=lead, checks=checks, table=table, provenance=provenance)
     write_text(path, page)
     return Path(path)
 
@@ -75,6 +77,7 @@ def _render(
     *,
     title: str,
     lead: Sequence[str],
+    checks: Sequence[str],
     table: Sequence[Mapping[str, object]] | None,
     provenance: Mapping[str, object] | None,
 ) -> str:
@@ -98,6 +101,7 @@ def _render(
     return template.render(
         title=title,
         lead=lead,
+        checks=checks,
         legend=[_key(index, model.name) for index, model in enumerate(models)],
         keys={model.name: _key(index, model.name) for index, model in enumerate(models)},
         columns=columns,
