@@ -233,7 +233,8 @@ def test_calibrating_on_a_diverging_net_is_reported():
         wnq.calibrate_(model, batch())
 
 
-@pytest.mark.parametrize("method", ["wnq", "lsq", "dorefa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wnq", "lsq"])
 def test_compiles_whole_in_training_from_the_very_first_batch(method):
     model = prepared(method, norm=False)
     eager = copy.deepcopy(model)

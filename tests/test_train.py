@@ -404,7 +404,7 @@ def test_settings_are_checked(setting: dict, words: str):
     assert words in str(caught.value)
 
 
-def test_first_interrupt_ends_the_step_and_the_second_stops_at_once(few_digits: Dataset):
+def test_first_interrupt_ends_the_step_and_the_second_stops_at_once(few_digits: Dataset, ctrl_c_raises: None):
     steps: list[int] = []
 
     def interrupt(times: int):

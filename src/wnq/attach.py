@@ -100,7 +100,7 @@ def attach_input_(layer: nn.Module, entry: LayerPlan) -> None:
     """Give a layer the planned input quantizer, unless its input is indices."""
     if entry.method.input is None or isinstance(layer, INDEX_INPUT):
         return
-    layer.input_quantizer = entry.method.input().to(cast(Tensor, layer.weight).device)
+    layer.input_quantizer = entry.method.input().to(float_weight(layer).device)
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     if not parametrize.is_parametrized(layer):
         layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
@@ -218,9 +218,7 @@ def param_groups(
     quantizer_lr: float | None = None,
     quantizer_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Split the parameters for an optimizer: the model's own, and the quantizers' with a rate and decay of their own.
-
-    Names do not tell them apart (a prepared weight ends in ``original``), so use this instead of rules on names.
+    """Split the parameters for an optimizer: the model's own, and the quantizers' (rules on names do not tell them apart).
 
     Args:
         model: a float or quantized model.
@@ -232,10 +230,8 @@ def param_groups(
     special = quantizer_parameters(model)
     ids = {id(p) for p in special}
     groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": lr, "weight_decay": weight_decay}]
-    if special:
-        rate = lr if quantizer_lr is None else quantizer_lr
-        groups.append({"params": special, "lr": rate, "weight_decay": quantizer_weight_decay})
-    return groups
+    rate = lr if quantizer_lr is None else quantizer_lr
+    return groups + ([{"params": special, "lr": rate, "weight_decay": quantizer_weight_decay}] if special else [])
 
 
 @torch.no_grad()
@@ -280,8 +276,8 @@ def _detach_weight_(layer: nn.Module) -> None:
 def freeze_(model: nn.Module) -> nn.Module:
     """Replace every prepared weight by its quantized values, in place: same outputs, no rounding at run time, no training.
 
-    The layers keep their codebooks, so a frozen model can still be packed, exported and analysed. A float layer that shares its
-    weight with a quantized one keeps the float values.
+    The layers keep their codebooks, so a frozen model can still be packed and analysed. A float layer that shares its weight
+    with a quantized one keeps the float values.
     """
     frozen: dict[int, tuple[nn.Parameter, Quantized]] = {}
     for layer in list(model.modules()):
