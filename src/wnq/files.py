@@ -43,6 +43,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def _explained(error: OSError, path: Path) -> OSError:
     remedy = (
-        "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Choose a folder that you may write to"
+        "Free some space"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        else "Choose a folder that you may write to"
     )
     return OSError(f"cannot write {path}: {error.strerror or error}. {remedy}.")
