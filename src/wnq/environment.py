@@ -12,7 +12,8 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions: dict[str, str] = {}
-    for package in ("wnq", "torch", "numpy", "accelerate", "datasets", "scikit-learn"):
+    versions["torch"] = torch.__version__  # with the build, which the package's metadata may leave out
+    for package in ("wnq", "numpy", "accelerate", "datasets", "scikit-learn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -1,5 +1,6 @@
 """Uniform quantization with a learned step, for weights and activations (LSQ), and its fast backward pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class LearnedStep(Quantizer):
         self._check_ready()
         low, high = self._bounds()
         peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
-        features = x.numel() if self.is_weight else x.numel() // max(1, x.shape[0] if x.ndim else 1)
+        features = x.numel() if self.is_weight else math.prod(x.shape[1:])
         step = grad_scale(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
         return RoundToStep.apply(x, step, low, high)  # pyright: ignore[reportReturnType]
 
