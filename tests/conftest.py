@@ -8,6 +8,15 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors on a busy machine are fastest, and repeatable, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def forgotten_compilations():
     """Compiled code counts against one limit a process: let no test meet what another one compiled."""
     yield

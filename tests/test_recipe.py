@@ -20,14 +20,6 @@ from wnq.train.progress import Progress
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data() -> Dataset:
     return load_data("digits", limit=128)

@@ -32,14 +32,6 @@ def running_server():
         forkserver.ensure_running()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Training:
     """A run in a process of its own."""
 

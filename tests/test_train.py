@@ -22,14 +22,6 @@ from wnq.train.loss import training_loss
 from wnq.train.progress import Progress
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_data("digits")

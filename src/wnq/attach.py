@@ -29,7 +29,8 @@ def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
         ValueError: the plan names a layer that the model lacks or whose weight has another shape, the model is quantized already,
             or a weight holds NaN or infinity (with the layer's name).
     """
-    layers = {entry.name: _checked_layer(model, entry) for entry in plan.layers}
+    modules = dict(model.named_modules())
+    layers = {entry.name: _checked_layer(modules, entry, type(model).__name__) for entry in plan.layers}
     quantizers: dict[str, Quantizer] = {}
     for entry in plan.layers:
         layer = layers[entry.name]
@@ -64,13 +65,12 @@ def get_plan(model: nn.Module) -> Plan:
     return plan
 
 
-def _checked_layer(model: nn.Module, entry: LayerPlan) -> nn.Module:
-    modules = dict(model.named_modules())
+def _checked_layer(modules: dict[str, nn.Module], entry: LayerPlan, kind: str) -> nn.Module:
     layer = modules.get(entry.name)
     if layer is None:
         close = difflib.get_close_matches(entry.name, modules, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"the plan names layer {entry.name!r}, which {type(model).__name__} does not have.{hint}")
+        raise ValueError(f"the plan names layer {entry.name!r}, which {kind} does not have.{hint}")
     if channel_axis(layer) is None:
         raise ValueError(
             f"layer {entry.name!r} is a {type(layer).__name__}, whose weight cannot be quantized; mend the plan."
