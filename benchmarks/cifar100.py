@@ -88,11 +88,11 @@ def tails(folder: Path) -> dict[str, float]:
     crests, errors = [], []
     convs = [(n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     for _, layer in convs[1:-1]:
-        weight = wnq.attach.float_weight(layer).detach().double()
+        weight = wnq.prepared.float_weight(layer).detach().double()
         crests.append((weight.abs().max() / weight.square().mean().sqrt()).item())
         if plan is not None:
             quantized = (
-                wnq.attach.weight_quantizer(layer).quantize(wnq.attach.float_weight(layer)).dequantize().double()
+                wnq.prepared.weight_quantizer(layer).quantize(wnq.prepared.float_weight(layer)).dequantize().double()
             )
             # DoReFa's values live on a scale of their own: compare shapes, after the best common factor.
             gain = (weight * quantized).sum() / quantized.square().sum()

@@ -13,7 +13,8 @@ import wnq.tails
 from wnq.analysis import collect_evidence, layer_stats, stats_rows, weight_stats
 from wnq.attach import freeze_, quantize_
 from wnq.methods import get_method
-from wnq.normalizers import Normalized, max_abs
+from wnq.normalized import Normalized
+from wnq.normalizers import max_abs
 from wnq.plan import make_plan
 from wnq.quantizer import CodebookQuantizer, Quantized, Uniform
 from wnq.tails import error_stats, histogram, predicted_error, tensor_stats

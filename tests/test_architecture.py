@@ -9,11 +9,11 @@ SOURCE = Path(wnq.__file__).parent
 
 # Each room may import those before it; rooms of one rank do not know each other.
 RANKS = [
-    {"ste", "files", "layers", "environment"},
+    {"ste", "files", "layers", "environment", "names"},
     {"quantizer"},
     {"normalizers", "learned_step", "packing"},
-    {"activations"},
-    {"methods"},
+    {"normalized", "activations"},
+    {"methods", "prepared"},
     {"plan"},
     {"plan_table", "attach"},
     {"testing", "tails", "models", "data"},

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import wnq
-from wnq.attach import ORIGINAL, float_weight, weight_quantizer
 from wnq.learned_step import LearnedStep
+from wnq.prepared import ORIGINAL, float_weight, weight_quantizer
 
 
 def small(norm=True):

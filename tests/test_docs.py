@@ -48,7 +48,9 @@ def test_the_format_pages_reader_reads_a_file(tmp_path):
     checked = 0
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         for name, _, quantizer in wnq.quantized_layers(model):
-            expected = quantizer.quantize(wnq.attach.float_weight(model.get_submodule(name))).codes.reshape(-1).tolist()
+            expected = (
+                quantizer.quantize(wnq.prepared.float_weight(model.get_submodule(name))).codes.reshape(-1).tolist()
+            )
             packed = bytes(file.get_tensor(f"{name}.weight_packed").tolist())
             assert names["unpack"](packed, 3, len(expected)) == expected
             checked += 1

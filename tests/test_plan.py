@@ -99,7 +99,7 @@ def test_json_round_trip(tmp_path):
     (lambda d: d.pop("layers"), "not a plan"),
     (lambda d: d["layers"][0].pop("method"), "not a plan"),
     (lambda d: d["layers"][0].update(method="wqn"), "unknown method 'wqn'. Did you mean 'wnq'"),
-    (lambda d: d["layers"][0]["options"].update(w_bits=11), "from 2 to 8, got 11"),
+    (lambda d: d["layers"][0]["options"].update(w_bits=11), "from 1 to 8 \\(or 32 for float weights\\), got 11"),
     (lambda d: d["layers"][0]["options"].update(wbits=3), "no option 'wbits'"),
     (lambda d: d["layers"][0].update(shape=5), "not a plan"),
 ])  # fmt: skip

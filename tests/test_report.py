@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from wnq.analysis import Histogram, LayerStats, ModelEvidence, error_stats, histogram, tensor_stats
-from wnq.normalizers import Normalized, max_abs
+from wnq.normalized import Normalized
+from wnq.normalizers import max_abs
 from wnq.quantizer import Uniform
 from wnq.report import write_report
 from wnq.report.plots import short_name

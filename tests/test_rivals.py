@@ -223,12 +223,12 @@ def test_fixed_clip_equals_dorefas_activation():
 
 
 @pytest.mark.parametrize(("build", "message"), [
-    (lambda: wnq.get_method("lsq", w_bits=1), "learned-step weight must be an integer from 2 to 8, got 1"),
+    (lambda: wnq.get_method("lsq", w_bits=1), "w_bits must be an integer from 2 to 8 \\(or 32 for float weights\\), got 1"),
     (lambda: wnq.get_method("twn", threshold=0), "threshold must be positive, got 0"),
     (lambda: wnq.get_method("twn", granularity="x"), "granularity must be one of"),
     (lambda: wnq.get_method("minmax", granularity="x"), "granularity must be one of"),
-    (lambda: wnq.get_method("minmax", w_bits=0), "w_bits must be an integer from 1 to 8, got 0"),
-    (lambda: wnq.get_method("dorefa", w_bits=33), "from 1 to 8, got 33"),
+    (lambda: wnq.get_method("minmax", w_bits=0), "w_bits must be an integer from 1 to 8 \\(or 32 for float weights\\), got 0"),
+    (lambda: wnq.get_method("dorefa", w_bits=33), "from 1 to 8 \\(or 32 for float weights\\), got 33"),
     (lambda: PACT(3, start=0), "start must be positive"),
     (lambda: ClippedReLU(3, clip=-1), "clip must be positive"),
 ])  # fmt: skip

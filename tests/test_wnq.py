@@ -189,9 +189,9 @@ def test_an_eight_bit_symmetric_grid_fits_int8():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"w_bits": 0}, "bits must be an integer from 1 to 8, got 0"),
-    ({"w_bits": 9}, "from 1 to 8, got 9"),
-    ({"w_bits": 2.5}, "from 1 to 8, got 2.5"),
+    ({"w_bits": 0}, "bits must be an integer from 1 to 8 \\(or 32 for float weights\\), got 0"),
+    ({"w_bits": 9}, "\\(or 32 for float weights\\), got 9"),
+    ({"w_bits": 2.5}, "\\(or 32 for float weights\\), got 2.5"),
     ({"w_bits": True}, "got True"),
     ({"w_bits": 1, "grid": "symmetric"}, "bits of the symmetric grid must be an integer from 2 to 8"),
     ({"a_bits": 12}, "a_bits .* from 1 to 8, got 12"),

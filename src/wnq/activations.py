@@ -1,13 +1,75 @@
-"""Input quantizers: a clipped ReLU with a fixed clip, PACT, and the learned step."""
+"""Input quantizers: the registry, a clipped ReLU with a fixed clip, PACT, and the learned step.
 
-from collections.abc import Callable
+A paper's own input quantizer stands in the paper's file under ``methods/`` and registers itself here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from wnq.learned_step import LearnedStep, RoundToStep
-from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer, check_bits, check_finite, compute_dtype
-from wnq.ste import straight_through
+from wnq.names import did_you_mean
+from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer, check_bits, compute_dtype
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """What the registry knows of an input quantizer.
+
+    Attributes:
+        name: what a method's ``activation`` option calls it.
+        paper: where it was published.
+        build: width -> a fresh one.
+        widths: the widths that it defines.
+    """
+
+    name: str
+    paper: str
+    build: Callable[[int], Quantizer]
+    widths: tuple[int, ...]
+
+
+_REGISTRY: dict[str, InputInfo] = {}
+
+
+def register_input(
+    name: str, build: Callable[[int], Quantizer], *, paper: str, widths: Sequence[int] = range(1, 9)
+) -> None:
+    """Make an input quantizer known by name, for the ``activation`` option of every method.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"input quantizer {name!r} is registered already; a name must be unique.")
+    _REGISTRY[name] = InputInfo(name, paper, build, tuple(widths))
+
+
+def list_inputs() -> list[InputInfo]:
+    """Return every registered input quantizer, by name."""
+    return [_REGISTRY[name] for name in sorted(_REGISTRY)]
+
+
+def input_builder(activation: str, bits: int) -> Callable[[], Quantizer] | None:
+    """Return a factory of fresh input quantizers, or None at 32 bits (inputs stay float).
+
+    Raises:
+        ValueError: unknown input quantizer, or a width that it does not define.
+    """
+    if activation not in _REGISTRY:
+        hint = did_you_mean(activation, _REGISTRY)
+        raise ValueError(f"activation must be one of {', '.join(map(repr, _REGISTRY))}, got {activation!r}.{hint}")
+    info = _REGISTRY[activation]
+    if bits == FLOAT_BITS:
+        return None
+    check_bits(bits, where="a_bits (or 32 for float inputs)")
+    if bits not in info.widths:
+        raise ValueError(
+            f"activation {activation!r} defines a_bits {', '.join(map(str, info.widths))}, or 32 for float; got {bits}."
+        )
+    return lambda: info.build(bits)
 
 
 class ClippedReLU(Quantizer):
@@ -33,12 +95,12 @@ class ClippedReLU(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the clipped, rounded values."""
-        return RoundToStep.apply(x, self.step.to(compute_dtype(x)), 0.0, float(2**self.bits - 1))  # pyright: ignore[reportReturnType]
+        step = self.step.to(compute_dtype(x))
+        return RoundToStep.apply(x, step, 0.0, float(2**self.bits - 1), self.ewgs)  # pyright: ignore[reportReturnType]
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes 0 to 2^bits - 1."""
-        return _unsigned_codes(x, self.step.to(compute_dtype(x)), self.bits)
+        return unsigned_codes(x, self.step.to(x.dtype), self.bits)
 
 
 class PACT(Quantizer):
@@ -65,45 +127,27 @@ class PACT(Quantizer):
         self.alpha = nn.Parameter(torch.tensor(float(start)))
 
     def _step(self, x: Tensor) -> Tensor:
-        return self.alpha.to(compute_dtype(x)) / (2**self.bits - 1)
+        return self.alpha.detach().to(x.dtype) / (2**self.bits - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the clipped, rounded values."""
         exact = x.to(compute_dtype(x))
-        alpha, step = self.alpha.to(exact.dtype), self._step(x).detach()
+        alpha, step = self.alpha.to(exact.dtype), self._step(exact)
         clipped = torch.where(exact < alpha, torch.where(exact >= 0, exact, 0), alpha)
         rounded = torch.clamp(exact / step, 0, 2**self.bits - 1).round() * step
-        return straight_through(rounded, clipped).to(x.dtype)
+        return self.pass_through(rounded, clipped, alpha.detach()).to(x.dtype)
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes 0 to 2^bits - 1."""
-        return _unsigned_codes(x, self._step(x), self.bits)
+        return unsigned_codes(x, self._step(x), self.bits)
 
 
-def _unsigned_codes(x: Tensor, step: Tensor, bits: int) -> Quantized:
-    check_finite(x, where="the activation to quantize")
-    codes = torch.clamp(x.to(step.dtype) / step, 0, 2**bits - 1).round().to(torch.uint8)
+def unsigned_codes(x: Tensor, step: Tensor, bits: int) -> Quantized:
+    """Return codes 0 to 2^bits - 1 of ``round(clip(x / step))``."""
+    codes = torch.clamp(x / step, 0, 2**bits - 1).round().to(torch.uint8)
     return Quantized(codes, torch.arange(2**bits, device=x.device, dtype=step.dtype), step.detach().clone())
 
 
-ACTIVATIONS: dict[str, Callable[[int], Quantizer]] = {
-    "lsq": lambda bits: LearnedStep(bits, is_weight=False),
-    "pact": PACT,
-    "clip": ClippedReLU,
-}
-"""What a method's ``activation`` option may name."""
-
-
-def input_builder(activation: str, bits: int) -> Callable[[], Quantizer] | None:
-    """Return a factory of fresh input quantizers, or None at 32 bits (inputs stay float).
-
-    Raises:
-        ValueError: unknown activation quantizer, or bits neither 1 to 8 nor 32.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}.")
-    if bits == FLOAT_BITS:
-        return None
-    check_bits(bits, where="a_bits (or 32 for float inputs)")
-    return lambda: ACTIVATIONS[activation](bits)
+register_input("lsq", lambda bits: LearnedStep(bits, is_weight=False), paper="arXiv:1902.08153")
+register_input("pact", PACT, paper="arXiv:1805.06085")
+register_input("clip", ClippedReLU, paper="arXiv:1606.06160")

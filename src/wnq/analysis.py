@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnq.attach import float_weight, get_plan, quantized_layers
+from wnq.attach import get_plan, quantized_layers
 from wnq.methods import get_method
 from wnq.plan import make_plan
+from wnq.prepared import float_weight
 from wnq.quantizer import Quantized
 from wnq.tails import (
     ErrorStats,

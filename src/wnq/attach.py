@@ -3,7 +3,6 @@
 The layers keep their classes, the model keeps its forward, the user keeps the training loop.
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -12,11 +11,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wnq.layers import INDEX_INPUT, channel_axis
+from wnq.names import did_you_mean
 from wnq.plan import LayerPlan, Plan
+from wnq.prepared import (
+    accept_float_checkpoint,
+    deployed,
+    float_weight,
+    keep_input,
+    observe_weight,
+    pass_output,
+    quantize_input,
+    reduce_parametrized,
+    weight_quantizer,
+)
 from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, check_finite
-
-ORIGINAL = "parametrizations.weight.original"
-"""Where a prepared layer keeps its float weight, relative to the layer."""
 
 
 def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -39,8 +47,8 @@ def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
             if quantizer is None:
                 quantizer = entry.method.weight(cast(Tensor, layer.weight).detach(), cast(int, channel_axis(layer)))
             quantizers[entry.name] = quantizer
-            attach_weight_(layer, quantizer)
-        attach_input_(layer, entry)
+            attach_weight_(layer, quantizer, observed=entry.tied_to is None)
+        attach_sides_(layer, entry)
     set_plan_(model, plan)
     return model
 
@@ -68,8 +76,7 @@ def get_plan(model: nn.Module) -> Plan:
 def _checked_layer(modules: dict[str, nn.Module], entry: LayerPlan, kind: str) -> nn.Module:
     layer = modules.get(entry.name)
     if layer is None:
-        close = difflib.get_close_matches(entry.name, modules, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(entry.name, modules)
         raise ValueError(f"the plan names layer {entry.name!r}, which {kind} does not have.{hint}")
     if channel_axis(layer) is None:
         raise ValueError(
@@ -87,101 +94,34 @@ def _checked_layer(modules: dict[str, nn.Module], entry: LayerPlan, kind: str) -
     return layer
 
 
-def attach_weight_(layer: nn.Module, quantizer: Quantizer) -> None:
-    """Parametrize a layer's weight, so that ``layer.weight`` is the quantized one and still pickles and loads float files."""
+def attach_weight_(layer: nn.Module, quantizer: Quantizer, *, observed: bool = True) -> None:
+    """Parametrize a layer's weight, so that ``layer.weight`` is the quantized one and still pickles and loads float files.
+
+    A quantizer with running statistics sees the float weight once per training step, if ``observed``.
+    """
     weight = cast(Tensor, layer.weight)
     quantizer.to(weight.device)
     parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
-    type(layer).__reduce_ex__ = _reduce_parametrized  # pyright: ignore[reportAttributeAccessIssue]
-    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
+    type(layer).__reduce_ex__ = reduce_parametrized  # pyright: ignore[reportAttributeAccessIssue]
+    layer.register_load_state_dict_pre_hook(accept_float_checkpoint)
+    if observed and type(quantizer).observe_ is not Quantizer.observe_:
+        layer.register_forward_pre_hook(observe_weight)
 
 
-def attach_input_(layer: nn.Module, entry: LayerPlan) -> None:
-    """Give a layer the planned input quantizer, unless its input is indices."""
-    if entry.method.input is None or isinstance(layer, INDEX_INPUT):
+def attach_sides_(layer: nn.Module, entry: LayerPlan) -> None:
+    """Give a layer the planned input quantizer and output module, unless its input is indices."""
+    if isinstance(layer, INDEX_INPUT):
+        return
+    if entry.method.output is not None:
+        layer.output_module = entry.method.output()
+        layer.register_forward_pre_hook(keep_input, with_kwargs=True)
+        layer.register_forward_hook(pass_output)
+    if entry.method.input is None:
         return
     layer.input_quantizer = entry.method.input().to(float_weight(layer).device)
-    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    layer.register_forward_pre_hook(quantize_input, with_kwargs=True)
     if not parametrize.is_parametrized(layer):
-        layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
-
-
-def _quantize_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook. A module-level function that reads the module: deepcopy, pickle and averaging depend on it."""
-    quantizer = cast(Quantizer, module.input_quantizer)
-    x = args[0] if args else kwargs["input"]
-    if module.training:
-        quantizer.observe_(x)
-    if args:
-        return (quantizer(x), *args[1:]), kwargs
-    return args, {**kwargs, "input": quantizer(x)}
-
-
-def _accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load hook: a checkpoint of the float model has ``weight`` where this layer has the original and quantizer states.
-
-    The learned parameters of the weight quantizer are set anew from the loaded weight; states that the file does not have keep
-    their values, so that strict loading still reports every other missing key.
-    """
-    plain, original = prefix + "weight", prefix + ORIGINAL
-    if plain not in state_dict:
-        return
-    weight = state_dict[plain]
-    if parametrize.is_parametrized(module, "weight"):
-        state_dict[original] = state_dict.pop(plain)
-        quantizer = weight_quantizer(module)
-        assert quantizer is not None
-        current = float_weight(module)
-        if weight.shape == current.shape:
-            quantizer.reset_(weight.to(current))
-        _fill(state_dict, prefix + "parametrizations.weight.0.", quantizer)
-    if isinstance(getattr(module, "input_quantizer", None), Quantizer):
-        _fill(state_dict, prefix + "input_quantizer.", cast(Quantizer, module.input_quantizer))
-
-
-def _fill(state_dict: dict[str, Any], prefix: str, quantizer: Quantizer) -> None:
-    for key, value in quantizer.state_dict().items():
-        state_dict.setdefault(prefix + key, value)
-
-
-def _reduce_parametrized(layer: nn.Module, _: int) -> tuple[Any, ...]:
-    """Pickle a parametrized layer as its plain class plus state; torch's own refusal protects a class made at run time."""
-    return _new_layer, (type(layer).__mro__[1],), dict(layer.__dict__), None, None, _restore_parametrized
-
-
-def _new_layer(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
-def _restore_parametrized(layer: nn.Module, state: dict[str, Any]) -> None:
-    state = dict(state)
-    modules = dict(state["_modules"])
-    parametrizations = modules.pop("parametrizations")
-    state["_modules"] = modules
-    layer.__setstate__(state)
-    for name, chain in parametrizations.items():
-        setattr(layer, name, chain.original)
-        for quantizer in chain:
-            parametrize.register_parametrization(layer, name, quantizer, unsafe=True)
-    type(layer).__reduce_ex__ = _reduce_parametrized  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def weight_quantizer(layer: nn.Module) -> Quantizer | None:
-    """Return the quantizer of a layer's weight: the attached one, or a frozen layer's codebook; None for a float layer."""
-    if parametrize.is_parametrized(layer, "weight"):
-        quantizer = cast(Any, layer).parametrizations.weight[0]
-        return quantizer if isinstance(quantizer, Quantizer) else None
-    frozen = getattr(layer, "weight_quantizer", None)
-    return frozen if isinstance(frozen, Quantizer) else None
-
-
-def float_weight(layer: nn.Module) -> Tensor:
-    """Return what a layer's quantizer reads: the trained float weight, or a frozen layer's values."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return cast(Any, layer).parametrizations.weight.original
-    return cast(Tensor, layer.weight)
+        layer.register_load_state_dict_pre_hook(accept_float_checkpoint)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
@@ -286,7 +226,7 @@ def freeze_(model: nn.Module) -> nn.Module:
             continue
         original = float_weight(layer)
         if id(original) not in frozen:
-            quantized = quantizer.quantize(original)
+            quantized = deployed(quantizer, original)
             values = torch.empty_like(original).copy_(quantized.dequantize())
             frozen[id(original)] = nn.Parameter(values, requires_grad=False), quantized
         _detach_weight_(layer)

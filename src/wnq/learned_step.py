@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wnq.quantizer import Quantized, Quantizer, check_bits, check_finite, compute_dtype
+from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
 from wnq.ste import grad_scale
 
 Bound = float | Tensor
@@ -32,7 +32,7 @@ class RoundToStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, ewgs: float = 0.0) -> Tensor:
         exact = x.to(compute_dtype(x))
         if isinstance(low, Tensor) or isinstance(high, Tensor) or torch.compiler.is_compiling():
             value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -42,10 +42,11 @@ class RoundToStep(torch.autograd.Function):
         bounds = (low, high) if isinstance(low, Tensor) else ()
         ctx.save_for_backward(x, value, step, *bounds)
         ctx.bounds = (low, high)
+        ctx.ewgs = ewgs
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, value, step, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
         # Half-precision input stays so here: only elements within a rounding error of a bound can change sides.
@@ -57,7 +58,10 @@ class RoundToStep(torch.autograd.Function):
         grad_step = None
         if ctx.needs_input_grad[1]:
             grad_step = ((_inner(grad, value) - _inner(grad_x, x)) / step).to(step.dtype).reshape(step.shape)
-        return grad_x, grad_step, None, None
+        if ctx.ewgs:
+            # Of the input only: the step keeps LSQ's gradient, which the rescaling would bias.
+            grad_x = grad_x + grad_x.abs() * ((x - value) / (step * (high - low)) * ctx.ewgs).to(grad_x.dtype)
+        return grad_x, grad_step, None, None, None
 
 
 class LearnedStep(Quantizer):
@@ -166,15 +170,13 @@ class LearnedStep(Quantizer):
         peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
         features = x.numel() if self.is_weight else math.prod(x.shape[1:])
         step = grad_scale(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
-        return RoundToStep.apply(x, step, low, high)  # pyright: ignore[reportReturnType]
+        return RoundToStep.apply(x, step, low, high, self.ewgs)  # pyright: ignore[reportReturnType]
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes, integer levels from -Qn to Qp, and the step."""
         self._check_ready()
-        check_finite(x, where="the tensor to quantize")
-        step = self.step.detach().to(compute_dtype(x))
-        integers = torch.clamp(x.to(step.dtype) / step, *self._bounds()).round()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        step = self.step.detach().to(x.dtype)
+        integers = torch.clamp(x / step, *self._bounds()).round()  # pyright: ignore[reportArgumentType, reportCallIssue]
         levels = torch.arange(2**self.bits, device=x.device, dtype=step.dtype) - self.offset
         return Quantized((integers + self.offset).to(torch.uint8), levels, step.clone(), self.axis)
 

@@ -1,4 +1,4 @@
-"""Normalizers, and the quantizer made of one: normalize, round, scale back.
+"""Normalizers: what comes before rounding.
 
 A normalizer is a pure function ``(w, axis) -> (u, scale)`` with ``u = w / scale`` or another map of the weights. Its
 gradient is the whole point: :func:`max_abs` differentiates through the maximum.
@@ -9,15 +9,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer, Uniform, check_finite, compute_dtype
+from wnq.names import did_you_mean
+from wnq.quantizer import compute_dtype
 from wnq.ste import grad_scale
 
 Normalizer = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """``(w, axis) -> (u, scale)``; ``scale`` broadcasts against ``w``. ``axis`` counts only for per-channel ones."""
 
 GRANULARITIES = ("tensor", "channel")
-SCALES = ("max", "one", "learned", "optimal")
 
 
 def reduced_dims(w: Tensor, granularity: str, axis: int) -> list[int]:
@@ -95,103 +96,75 @@ def identity(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
     return w, torch.ones((), dtype=w.dtype, device=w.device)
 
 
-class Normalized(Quantizer):
-    r"""A uniform quantizer behind a normalizer: :math:`w_q = s \cdot Q(u)` with ``(u, m) = normalize(w)``.
+NORMALIZERS: dict[str, Callable[[float], Normalizer]] = {
+    "none": lambda _: identity,
+    "max_abs": lambda gain: partial(max_abs, max_gain=gain),
+    "tanh": lambda gain: partial(tanh_max, max_gain=gain),
+    "standardize": lambda _: standardize,
+    "l1_mean": lambda _: partial(l1_mean, granularity="tensor"),
+}
+"""Normalizers by name, one statistic a tensor; the argument is the share of the gradient through a maximum that is kept."""
+
+
+def named_normalizer(name: str, gain: float = 1.0) -> Normalizer:
+    """Return a normalizer by name.
+
+    Raises:
+        ValueError: unknown name, with the closest one.
+    """
+    if name not in NORMALIZERS:
+        raise ValueError(
+            f"unknown normalizer {name!r}.{did_you_mean(name, NORMALIZERS)} Available: {', '.join(NORMALIZERS)}."
+        )
+    return NORMALIZERS[name](gain)
+
+
+class Normalization(nn.Module):
+    r"""A normalizer alone, as a torch parametrization: :math:`w \mapsto g\,u`, with nothing rounded.
+
+    Put in front of someone else's pruning or quantization it does to their weights what WNQ does to its own. ``g`` starts at the
+    normalizer's scale, so that the layer computes what it did (standardization also takes the mean away).
 
     Args:
-        normalize: the normalizer.
-        quantizer: the uniform grid.
-        scale: what multiplies the rounded values.
-            ``"max"``: s = m, the normalizer's own scale, so that magnitudes are kept and nets without BatchNorm work.
-            ``"one"``: s = 1, for layers whose scale a BatchNorm absorbs.
-            ``"learned"``: s = g, a parameter, one a layer or channel, starting at m.
-            ``"optimal"``: s = <w,Q>/<Q,Q>, the least-squares scale, under stop-gradient.
-        granularity: ``"tensor"`` or ``"channel"``: how many scales. Must be the normalizer's.
-        axis: output-channel dimension.
+        weight: the layer's weight, which ``g`` starts from.
+        name: one of :data:`NORMALIZERS`.
+        max_gain: share of the gradient through a maximum that is kept.
+        learned: whether ``g`` is trained.
     """
 
-    def __init__(
-        self,
-        normalize: Normalizer,
-        quantizer: Uniform,
-        *,
-        scale: str = "max",
-        granularity: str = "tensor",
-        axis: int = 0,
-    ) -> None:
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, name: str = "max_abs", *, max_gain: float = 1.0, learned: bool = True) -> None:
         super().__init__()
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}.")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
-        self.normalize = normalize
-        self.quantizer = quantizer
-        self.scale = scale
-        self.granularity = granularity
-        self.axis = axis
-        self.bits = quantizer.bits
-        self.gain: nn.Parameter | None = None
-
-    def reset_(self, x: Tensor) -> None:
-        """Start the learned scale at the normalizer's."""
-        if self.scale != "learned":
-            return
-        start = self.normalize(x.detach().to(compute_dtype(x)), self.axis)[1].detach().clone()
-        if self.gain is None:
-            self.gain = nn.Parameter(start)
+        self.name = name
+        self.normalize = named_normalizer(name, max_gain)
+        start = self.normalize(weight.detach().to(compute_dtype(weight)), 0)[1].to(weight.dtype).clone()
+        if learned:
+            self.scale = nn.Parameter(start)
         else:
-            self.gain.data.copy_(start)
+            self.register_buffer("scale", start)
 
-    def _step(self, w: Tensor, scale: Tensor, integers: Tensor) -> Tensor:
-        """Return the distance between neighbouring integers, broadcastable against the weights."""
-        if self.scale == "max":
-            return scale / self.quantizer.divisor
-        if self.scale == "one":
-            return torch.full_like(scale.detach(), 1 / self.quantizer.divisor)
-        if self.scale == "learned":
-            if self.gain is None:
-                raise RuntimeError("the learned scale has no value yet: call reset_(weight) first (quantize_ does).")
-            return self.gain / self.quantizer.divisor
-        w, integers = w.detach(), integers.detach()
-        dims = reduced_dims(w, self.granularity, self.axis)
-        keep = self.granularity == "channel"
-        energy = integers.square().sum(dims, keepdim=keep)
-        return (w * integers).sum(dims, keepdim=keep) / torch.where(energy > 0, energy, 1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return scale * Q(normalize(x))."""
-        w = x.to(compute_dtype(x))
-        u, scale = self.normalize(w, self.axis)
-        integers = self.quantizer.integers(u)
-        return (integers * self._step(w, scale, integers)).to(x.dtype)
-
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
-        """Return codes, integer levels and one step a layer or channel."""
-        check_finite(x, where="the weight to quantize")
-        w = x.to(compute_dtype(x))
-        u, scale = self.normalize(w, self.axis)
-        step = self._step(w, scale, self.quantizer.integers(u))
-        step = step.reshape(()) if self.granularity == "tensor" else step.reshape(-1)
-        return Quantized(self.quantizer.codes(u), self.quantizer.levels(w), step.detach().clone(), self.axis)
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the normalized weight times ``g``."""
+        return (self.normalize(weight.to(compute_dtype(weight)), 0)[0] * self.scale).to(weight.dtype)
 
     def extra_repr(self) -> str:
-        """Show the parts in ``print(model)``."""
-        normalize = self.normalize.func if isinstance(self.normalize, partial) else self.normalize
-        return f"normalize={normalize.__name__}, scale={self.scale!r}, granularity={self.granularity!r}"
+        """Show the normalizer in ``print(model)``."""
+        return f"{self.name!r}, learned={isinstance(self.scale, nn.Parameter)}"
 
 
-def normalized_weight(
-    normalize: Normalizer, bits: int, *, grid: str, scale: str, granularity: str
-) -> Callable[[Tensor, int], Normalized] | None:
-    """Return a builder of ``scale * Q(normalize(w))``, or None at 32 bits. Bad options raise here."""
-    if bits == FLOAT_BITS:
-        return None
-    Normalized(normalize, Uniform(bits, grid), scale=scale, granularity=granularity)
+def normalize_(layer: nn.Module, name: str = "max_abs", *, max_gain: float = 1.0, learned: bool = True) -> nn.Module:
+    """Put a normalizer in front of a layer's weight, in place, and return the layer; see :class:`Normalization`.
 
-    def build(weight: Tensor, axis: int) -> Normalized:
-        quantizer = Normalized(normalize, Uniform(bits, grid), scale=scale, granularity=granularity, axis=axis)
-        quantizer.reset_(weight)
-        return quantizer
+    Undo it with ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
 
-    return build
+    Raises:
+        ValueError: unknown normalizer, or the layer has no weight.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"normalize_ needs a layer with a weight, got {type(layer).__name__}.")
+    parametrize.register_parametrization(
+        layer, "weight", Normalization(weight, name, max_gain=max_gain, learned=learned)
+    )
+    return layer

@@ -1,6 +1,5 @@
 """The plan: which layer gets which method. Plain data, made from a model, printed, edited, saved as JSON."""
 
-import difflib
 import fnmatch
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import nn
 from wnq.files import write_text
 from wnq.layers import CHANNEL_AXIS, FUSED, channel_axis
 from wnq.methods import Method, get_method
+from wnq.names import did_you_mean
 from wnq.quantizer import FLOAT_BITS, check_bits
 
 
@@ -254,7 +254,6 @@ def _own_parameters(module: nn.Module, *, fused: bool) -> int:
 def _require_match(option: str, pattern: str, names: Sequence[str]) -> None:
     if any(fnmatch.fnmatchcase(name, pattern) for name in names):
         return
-    close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(pattern, names)
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     raise ValueError(f"{option} pattern {pattern!r} matches no quantizable layer.{hint} {len(names)} layers: {shown}")

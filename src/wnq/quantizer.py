@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wnq.ste import straight_through
+from wnq.ste import elementwise_scaled, straight_through
 
 GRIDS = ("full", "symmetric")
 
@@ -58,6 +58,8 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Base class: a module whose ``forward`` is differentiable, pure and exactly reproduced by ``quantize``.
 
+    The least a subclass writes is :meth:`encode`; it then has the straight-through gradient. Others override ``forward``.
+
     Computation runs in float32 (float64 for float64 input) and the result has the dtype, shape and device of the input.
     A NaN in the input stays a NaN in ``forward``, so that a training loop sees it; an infinity saturates or becomes NaN.
     ``quantize`` has no integer to offer for either and raises ``ValueError``.
@@ -69,23 +71,50 @@ class Quantizer(nn.Module):
     axis: int = 0
     """Dimension that per-channel statistics run along."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized values of ``x``. No side effects: reading ``layer.weight`` calls this."""
+    ewgs: float = 0.0
+    """Element-wise gradient scaling of the rounding, see :func:`wnq.ste.elementwise_scaled`; 0: straight through."""
+
+    def encode(self, x: Tensor) -> Quantized:
+        """Return codes and codebook of ``x``, which has :func:`compute_dtype`; what a NaN becomes does not matter."""
         raise NotImplementedError
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of ``x``. No side effects: reading ``layer.weight`` calls this."""
+        exact = x.to(compute_dtype(x))
+        quantized = self.encode(exact.detach())
+        book = quantized.codebook
+        return self.pass_through(quantized.dequantize(), exact, book.amax() - book.amin()).to(x.dtype)
+
+    @torch.no_grad()
     def quantize(self, x: Tensor) -> Quantized:
         """Return the exact integers behind ``forward(x)``.
 
         Raises:
             ValueError: ``x`` holds NaN or infinity.
         """
-        raise NotImplementedError
+        check_finite(x, where="the tensor to quantize")
+        return self.encode(x.detach().to(compute_dtype(x)))
+
+    def pass_through(self, value: Tensor, surrogate: Tensor, span: float | Tensor) -> Tensor:
+        """Return ``value`` with the gradient of ``surrogate``, as :attr:`ewgs` says; every rounding ends here.
+
+        Args:
+            value: the rounded values.
+            surrogate: what they were before, in the same units.
+            span: largest minus smallest level, in the same units.
+        """
+        if not self.ewgs:
+            return straight_through(value, surrogate)
+        return elementwise_scaled(value, surrogate, self.ewgs, span)
 
     def reset_(self, x: Tensor) -> None:
         """Set learned parameters from ``x`` anew (a weight was loaded); nothing to do for quantizers without any."""
 
     def observe_(self, x: Tensor) -> None:
-        """Update running statistics from ``x``, once per training step; nothing to do for most quantizers."""
+        """See ``x`` once per training step, before the forward pass: update running statistics; most need nothing.
+
+        A weight quantizer is given the float weight itself and may project it in place, under ``no_grad``.
+        """
 
     def extra_repr(self) -> str:
         """Show the width in ``print(model)``."""
@@ -170,7 +199,7 @@ class Uniform(Quantizer):
         """Return the integer level of each element, with the gradient of ``divisor * u``: Q(u) times the divisor."""
         codes = self._codes(u)
         integer = 2 * codes - self.divisor if self.grid == "full" else codes - self.divisor
-        return straight_through(integer, u * self.divisor)
+        return self.pass_through(integer, u * self.divisor, 2 * self.divisor)
 
     def codes(self, u: Tensor) -> Tensor:
         """Return the uint8 codes of ``u``."""
@@ -180,10 +209,9 @@ class Uniform(Quantizer):
         """Return Q(x), values in [-1, 1]."""
         return (self.integers(x.to(compute_dtype(x))) * self._step(x)).to(x.dtype)
 
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes, integer levels and the step 1/divisor."""
-        check_finite(x, where="the tensor to quantize")
-        return Quantized(self.codes(x.to(compute_dtype(x))), self.levels(x), self._step(x))
+        return Quantized(self.codes(x), self.levels(x), self._step(x))
 
     def _step(self, x: Tensor) -> Tensor:
         return torch.full((), 1 / self.divisor, dtype=compute_dtype(x), device=x.device)
@@ -217,12 +245,8 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("levels", levels.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
 
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return the code of the nearest codebook value (of two equally near ones, the one that sorts first)."""
-        check_finite(x, where="the tensor to quantize")
-        return self._nearest(x)
-
-    def _nearest(self, x: Tensor) -> Quantized:
         book = Quantized(x, self.levels, self.scale, self.axis).codebook
         book, order = book.sort(dim=-1)
         values = x.to(book.dtype).contiguous()
@@ -233,7 +257,3 @@ class CodebookQuantizer(Quantizer):
         rank = torch.searchsorted((book[:, 1:] + book[:, :-1]) / 2, rows.contiguous())
         codes = order.gather(1, rank).reshape(values.movedim(self.axis, 0).shape).movedim(0, self.axis)
         return Quantized(codes.to(torch.uint8), self.levels, self.scale, self.axis)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the nearest codebook values."""
-        return straight_through(self._nearest(x.detach()).dequantize().to(x.dtype), x)

@@ -5,6 +5,8 @@ Every rounding in the library passes through :func:`straight_through`, because t
 dozen distinct numbers. Adding a difference that is exactly zero keeps the value untouched.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,36 @@ def grad_scale(x: Tensor, factor: float) -> Tensor:
     if factor == 0:
         return x.detach()
     return straight_through(x, x * factor)
+
+
+class _ScaleBySign(torch.autograd.Function):
+    """The identity; backward, ``g * (1 + sign(g) * error)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, error: Tensor) -> Tensor:
+        ctx.save_for_backward(error)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (error,) = ctx.saved_tensors
+        return grad + grad.abs() * error, None
+
+
+def elementwise_scaled(value: Tensor, surrogate: Tensor, delta: float, span: float | Tensor) -> Tensor:
+    r"""Return ``value`` with the gradient of ``surrogate`` scaled element by element: EWGS.
+
+    :math:`g_x = g\,(1 + \delta\,\mathrm{sign}(g)\,(x - Q(x)))`, the distance measured as a share of the grid's whole span and
+    limited to half of it. ``delta=0`` is the straight-through estimator.
+
+    Args:
+        value: Q(x).
+        surrogate: x, in the units of ``value``.
+        delta: >= 0; the authors use 1e-3 to 1e-2 or an estimate from the Hessian's trace.
+        span: largest minus smallest level, in the same units.
+
+    References:
+        J. Lee et al., Network Quantization with Element-wise Gradient Scaling, arXiv:2104.00903, CVPR 2021, Eq. 6.
+    """
+    error = ((surrogate - value) / span).detach().nan_to_num(0.0).clamp(-0.5, 0.5) * delta
+    return straight_through(value, _ScaleBySign.apply(surrogate, error))  # pyright: ignore[reportArgumentType]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from wnq.artifact.container import PACKED, ArtifactError
 from wnq.artifact.manifest import Manifest
-from wnq.attach import weight_quantizer
 from wnq.layers import INDEX_INPUT, channel_axis
 from wnq.packing import unpack_codes
+from wnq.prepared import weight_quantizer
 from wnq.quantizer import Quantized, Quantizer
 
 LEVELS, GRID, SCALE = "weight_levels", "weight_grid", "weight_scale"

@@ -17,17 +17,10 @@ from torch import Tensor, nn
 from wnq.artifact.container import PACKED, ArtifactError, header_size, read_artifact, write_artifact
 from wnq.artifact.content import GRID, LEVELS, SCALE, Content, key_of, store_levels
 from wnq.artifact.manifest import Manifest, Stored
-from wnq.attach import (
-    attach_codebook_,
-    attach_input_,
-    float_weight,
-    get_plan,
-    quantized_layers,
-    set_plan_,
-    weight_quantizer,
-)
+from wnq.attach import attach_codebook_, attach_sides_, get_plan, quantized_layers, set_plan_
 from wnq.models import registered_model
 from wnq.packing import pack_codes
+from wnq.prepared import deployed, float_weight, weight_quantizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def save(model: nn.Module, path: str | Path) -> SizeReport:
     dtypes: set[torch.dtype] = set()
     for name, layer, quantizer in quantized_layers(model):
         weight = float_weight(layer).detach()
-        quantized = quantizer.quantize(weight)
+        quantized = deployed(quantizer, weight)
         tensors[key_of(name, PACKED)] = pack_codes(quantized.codes, quantizer.bits)
         tensors |= {key_of(name, part): levels for part, levels in store_levels(quantized.levels.cpu()).items()}
         tensors[key_of(name, SCALE)] = quantized.scale
@@ -146,7 +139,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for entry in content.manifest.plan.layers:
         layer = model.get_submodule(entry.name)
         old = cast(Tensor, layer.weight)
-        attach_input_(layer, entry)
+        attach_sides_(layer, entry)
         owner = entry.tied_to or entry.name
         if owner not in content.quantized:
             continue

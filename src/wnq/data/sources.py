@@ -1,6 +1,5 @@
 """Where images come from: scikit-learn's digits, the Hugging Face hub, parquet files or a folder of images."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from wnq.data.decode import EncodedSplit, Progress, check_memory, load_split, mi
 from wnq.data.folders import image_folder_split, image_folders
 from wnq.data.images import Dataset, ImageData, align_classes, channel_statistics, hold_out
 from wnq.data.tables import dataset_split, parquet_files, parquet_split
+from wnq.names import did_you_mean
 
 VAL_SPLITS = ("test", "validation", "valid", "val")
 MEMORY_LIMIT = 8 * 2**30
@@ -212,11 +212,9 @@ def _local_folder(name: str, folder: str | Path | None, *, is_known: bool) -> Pa
             if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 return None
             names = ["digits", *_HUB_SOURCES]
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"unknown data set {name!r}.{hint} Give one of {', '.join(names)}, an existing folder, or a hub name "
-                "'owner/dataset'"
+                f"unknown data set {name!r}.{did_you_mean(name, names)} Give one of {', '.join(names)}, an existing folder, "
+                "or a hub name 'owner/dataset'"
             )
     if not path.is_dir():
         raise ValueError(f"data folder {str(path)!r} {'is not a folder' if path.exists() else 'does not exist'}")

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from wnq.activations import input_builder
-from wnq.methods import Method, register
+from wnq.methods.registry import Method, register
 from wnq.normalizers import reduced_dims
-from wnq.quantizer import Quantized, Quantizer, check_finite, compute_dtype
-from wnq.ste import straight_through
+from wnq.quantizer import Quantized, Quantizer, compute_dtype
 
 
 class ScaledSign(Quantizer):
@@ -35,27 +34,24 @@ class ScaledSign(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return ±mean|w|."""
         w = x.to(compute_dtype(x))
-        return straight_through(torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * self._scale(w), w).to(x.dtype)
+        scale = self._scale(w)
+        return self.pass_through(torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * scale, w, 2 * scale).to(x.dtype)
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes 0 and 1 for levels -1 and +1."""
-        check_finite(x, where="the weight to quantize")
-        w = x.to(compute_dtype(x))
-        scale = self._scale(w).reshape(() if self.granularity == "tensor" else (-1,))
-        return Quantized(
-            (w >= 0).to(torch.uint8), torch.tensor([-1.0, 1.0], dtype=w.dtype, device=w.device), scale, self.axis
-        )
+        scale = self._scale(x).reshape(() if self.granularity == "tensor" else (-1,))
+        return Quantized((x >= 0).to(torch.uint8), torch.tensor([-1.0, 1.0]).to(x), scale, self.axis)
 
 
-@register(paper="arXiv:1603.05279", fixed_w_bits=1)
-def bwn(a_bits: int = 32, *, activation: str = "lsq") -> Method:
+@register(paper="arXiv:1603.05279", widths=(1,))
+def bwn(w_bits: int = 1, a_bits: int = 32, *, activation: str = "lsq") -> Method:
     r"""One bit a weight: the sign times the filter's mean absolute value.
 
     Forward: :math:`w_q = \alpha\,\mathrm{sign}(w)`, :math:`\alpha = \mathrm{mean}|w|` for each output channel, which minimises
     :math:`\lVert w - \alpha\,\mathrm{sign}(w)\rVert`. Gradient: dw_q/dw = 1, alpha under stop-gradient.
 
     Args:
+        w_bits: 1, or 32.
         a_bits: width of the inputs, 1 to 8, or 32 (the paper's BWN).
         activation: input quantizer where ``a_bits`` is below 32.
 

@@ -3,9 +3,10 @@
 from functools import partial
 
 from wnq.activations import input_builder
-from wnq.methods import Method, register
 from wnq.methods.bwn import ScaledSign
-from wnq.normalizers import normalized_weight, tanh_max
+from wnq.methods.registry import Method, register
+from wnq.normalized import normalized_weight
+from wnq.normalizers import tanh_max
 
 
 @register(paper="arXiv:1606.06160")

@@ -4,11 +4,16 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.learned_step import LearnedStep
-from wnq.methods import Method, register
-from wnq.quantizer import FLOAT_BITS
+from wnq.methods.registry import Method, Recommended, register
 
 
-@register(paper="arXiv:1902.08153")
+@register(
+    paper="arXiv:1902.08153",
+    widths=range(2, 9),
+    recommended=Recommended(
+        weight_decay_at={2: 0.25, 3: 0.5}, source="Sec. 3: weight decay of 4 bits halved at 3 and quartered at 2"
+    ),
+)
 def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
     r"""Learn the step of every layer's weights and inputs along with the weights.
 
@@ -32,8 +37,6 @@ def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
 
     Differences from the paper: see :class:`wnq.learned_step.LearnedStep`.
     """
-    if w_bits != FLOAT_BITS:
-        LearnedStep(w_bits, is_weight=True)
 
     def build(weight: Tensor, axis: int) -> LearnedStep:
         quantizer = LearnedStep(w_bits, is_weight=True).to(weight.device)
@@ -41,4 +44,4 @@ def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
         quantizer.reset_(weight)
         return quantizer
 
-    return Method(weight=build if w_bits != FLOAT_BITS else None, input=input_builder(activation, a_bits))
+    return Method(weight=build, input=input_builder(activation, a_bits))

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from wnq.activations import input_builder
-from wnq.methods import Method, register
+from wnq.methods.registry import Method, register
 from wnq.normalizers import GRANULARITIES, reduced_dims
-from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer, check_bits, check_finite, compute_dtype
-from wnq.ste import straight_through
+from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
 
 
 class AffineRange(Quantizer):
@@ -38,13 +37,11 @@ class AffineRange(Quantizer):
         """Return the values; gradient 1 everywhere."""
         w = x.to(compute_dtype(x))
         codes, zero, step = self._parts(w)
-        return straight_through((codes - zero) * step, w).to(x.dtype)
+        return self.pass_through((codes - zero) * step, w, (2**self.bits - 1) * step).to(x.dtype)
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes; the integer levels are shifted by the zero point, one row a channel where there is one a channel."""
-        check_finite(x, where="the weight to quantize")
-        codes, zero, step = self._parts(x.to(compute_dtype(x)))
+        codes, zero, step = self._parts(x)
         grid = torch.arange(2**self.bits, device=x.device, dtype=step.dtype)
         if self.granularity == "tensor":
             return Quantized(codes.to(torch.uint8), grid - zero, step, self.axis)
@@ -80,8 +77,6 @@ def minmax(w_bits: int = 3, a_bits: int = 3, *, granularity: str = "tensor", act
     Differences from the paper: the weight rule only. Activations use the common learned step instead of running ranges, and
     BatchNorm is not folded before the rounding.
     """
-    if w_bits == FLOAT_BITS:
-        return Method(weight=None, input=input_builder(activation, a_bits))
     AffineRange(w_bits, granularity)
     return Method(
         weight=lambda _, axis: AffineRange(w_bits, granularity, axis), input=input_builder(activation, a_bits)

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from wnq.activations import input_builder
-from wnq.methods import Method, register
+from wnq.methods.registry import Method, register
 from wnq.normalizers import GRANULARITIES, reduced_dims
-from wnq.quantizer import Quantized, Quantizer, check_finite, compute_dtype
-from wnq.ste import straight_through
+from wnq.quantizer import Quantized, Quantizer, compute_dtype
 
 
 class ThresholdTernary(Quantizer):
@@ -42,26 +41,32 @@ class ThresholdTernary(Quantizer):
         """Return values in {-alpha, 0, alpha}; gradient 1 everywhere."""
         w = x.to(compute_dtype(x))
         ternary, alpha = self._ternary(w)
-        return straight_through(ternary * alpha, w).to(x.dtype)
+        return self.pass_through(ternary * alpha, w, 2 * alpha).to(x.dtype)
 
-    @torch.no_grad()
-    def quantize(self, x: Tensor) -> Quantized:
+    def encode(self, x: Tensor) -> Quantized:
         """Return codes 0, 1, 2 for levels -1, 0, 1."""
-        check_finite(x, where="the weight to quantize")
-        ternary, alpha = self._ternary(x.to(compute_dtype(x)))
+        ternary, alpha = self._ternary(x)
         levels = torch.tensor([-1.0, 0.0, 1.0], dtype=alpha.dtype, device=x.device)
         scale = alpha.reshape(() if self.granularity == "tensor" else (-1,))
         return Quantized((ternary + 1).to(torch.uint8), levels, scale, self.axis)
 
 
-@register(paper="arXiv:1605.04711", fixed_w_bits=2)
-def twn(a_bits: int = 32, *, threshold: float = 0.7, granularity: str = "tensor", activation: str = "lsq") -> Method:
+@register(paper="arXiv:1605.04711", widths=(2,))
+def twn(
+    w_bits: int = 2,
+    a_bits: int = 32,
+    *,
+    threshold: float = 0.7,
+    granularity: str = "tensor",
+    activation: str = "lsq",
+) -> Method:
     r"""Ternary weights: zero below a threshold, one magnitude above it.
 
     Forward: :math:`\Delta = t\,\mathrm{mean}|w|`, :math:`\alpha = \mathrm{mean}\{|w| : |w| > \Delta\}`,
     :math:`w_q = \alpha\,\mathrm{sign}(w)\,1_{|w| > \Delta}`. Gradient: dw_q/dw = 1.
 
     Args:
+        w_bits: 2 (three of its four codes are used), or 32.
         a_bits: width of the inputs, 1 to 8, or 32 (the paper's).
         threshold: t, > 0: 0.7 in the paper's first version, 0.75 in its third and in the authors' code.
         granularity: statistics of a ``"tensor"`` (the paper) or of each output ``"channel"`` (the authors' code).

@@ -3,8 +3,9 @@
 from functools import partial
 
 from wnq.activations import input_builder
-from wnq.methods import Method, register
-from wnq.normalizers import max_abs, normalized_weight
+from wnq.methods.registry import Method, register
+from wnq.normalized import normalized_weight
+from wnq.normalizers import max_abs
 
 
 @register(paper="arXiv:1907.00593")

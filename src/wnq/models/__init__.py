@@ -10,7 +10,8 @@ from torch import nn
 
 from wnq.models.networks import PreActResNet, ResNet
 from wnq.models.outside import OUTSIDE, from_import_path
-from wnq.models.registry import did_you_mean, list_models, register_model, registered_model
+from wnq.models.registry import list_models, register_model, registered_model
+from wnq.names import did_you_mean
 
 __all__ = ["PreActResNet", "ResNet", "build_model", "list_models", "register_model", "registered_model"]
 
@@ -34,7 +35,7 @@ def build_model(name: str, /, **options: Any) -> nn.Module:
         if name in list_models():
             return registered_model(name, **options)
         raise ValueError(
-            f"unknown model {name!r}.{did_you_mean(name, list_models())} Known: {', '.join(list_models())}; others as "
+            f"unknown model {name!r}.{did_you_mean(name, list_models(), most=3)} Known: {', '.join(list_models())}; others as "
             "timm:NAME, torchvision:NAME, hf:NAME or package.module:factory"
         )
     if prefix in OUTSIDE:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wnq.models.registry import check_options, did_you_mean
+from wnq.models.registry import check_options
+from wnq.names import did_you_mean
 
 
 class Logits(nn.Module):
@@ -32,7 +33,7 @@ def from_timm(name: str, *, pretrained: bool = False, **options: Any) -> nn.Modu
     """Build ``timm.create_model(name)``; ``in_channels`` is passed on as timm's ``in_chans``."""
     timm: Any = _import("timm", f"timm:{name}")
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")
+        raise ValueError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models(), most=3)}")
     if "in_channels" in options:
         options["in_chans"] = options.pop("in_channels")
     return _call(f"timm:{name}", timm.create_model, name, pretrained=pretrained, **options)
@@ -42,7 +43,7 @@ def from_torchvision(name: str, *, pretrained: bool = False, in_channels: int = 
     """Build ``torchvision.models.get_model(name)``; ``pretrained`` takes its default weights."""
     models: Any = _import("torchvision.models", f"torchvision:{name}")
     if name not in models.list_models():
-        raise ValueError(f"torchvision has no model {name!r}.{did_you_mean(name, models.list_models())}")
+        raise ValueError(f"torchvision has no model {name!r}.{did_you_mean(name, models.list_models(), most=3)}")
     if in_channels != 3:
         raise ValueError(f"torchvision:{name} takes images of 3 channels, got in_channels={in_channels}")
     weights = "DEFAULT" if pretrained else None

@@ -1,11 +1,12 @@
 """The in-house networks by name. Nothing here imports or runs anything that a name could point to."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+
+from wnq.names import did_you_mean
 
 ModelFactory = Callable[..., nn.Module]
 
@@ -46,7 +47,9 @@ def registered_model(name: str, /, **options: Any) -> nn.Module:
         ValueError: the name is unknown, or the network does not take an option or its value.
     """
     if name not in _FACTORIES:
-        raise ValueError(f"unknown model {name!r}.{did_you_mean(name, _FACTORIES)} Known: {', '.join(list_models())}")
+        raise ValueError(
+            f"unknown model {name!r}.{did_you_mean(name, _FACTORIES, most=3)} Known: {', '.join(list_models())}"
+        )
     factory = _FACTORIES[name]
     check_options(name, factory, options)
     model = factory(**options)
@@ -83,9 +86,3 @@ def check_options(name: str, factory: Callable[..., object], options: Mapping[st
 
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'a', 'b'?`` with the closest of the ``known`` names, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f" Did you mean {', '.join(map(repr, close))}?" if close else ""

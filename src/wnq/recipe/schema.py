@@ -1,9 +1,10 @@
 """Tables read from a file (TOML, JSON), checked against the fields of a dataclass."""
 
-import difflib
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from wnq.names import did_you_mean
 
 Table = TypeVar("Table")
 
@@ -23,9 +24,7 @@ def check_keys(given: Iterable[str], accepted: Iterable[str], where: str) -> Non
     known = list(accepted)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where} has no key {key!r}.{hint} It takes: {', '.join(known)}.")
+            raise ValueError(f"{where} has no key {key!r}.{did_you_mean(key, known)} It takes: {', '.join(known)}.")
 
 
 def check_table(table: object, where: str) -> Mapping[str, Any]:
