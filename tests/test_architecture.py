@@ -11,16 +11,16 @@ SOURCE = Path(wnq.__file__).parent
 RANKS = [
     {"ste", "files", "layers", "environment", "names"},
     {"quantizer"},
-    {"normalizers", "learned_step", "packing"},
+    {"normalizers", "learned_step", "packing", "bases"},
     {"normalized", "activations"},
     {"methods", "prepared"},
     {"plan"},
     {"plan_table", "attach"},
-    {"testing", "tails", "models", "data"},
+    {"testing", "tails", "models", "data", "folding"},
     {"analysis", "artifact", "metrics"},
     {"report", "train"},
     {"recipe"},
-    {"demo"},
+    {"demo", "compare"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
