@@ -119,7 +119,7 @@ def test_version(wnq) -> None:
 
 def test_methods(wnq) -> None:
     assert "arXiv:1907.00593" in good(wnq("methods"))
-    rows = json.loads(good(wnq("methods", "--json")))
+    rows = json.loads(good(wnq("methods", "--json")))["methods"]
     assert next(row for row in rows if row["name"] == "wnq")["options"]["max_gain"] == 1.0
     page = good(wnq("methods", "wnq"))
     assert "Differences from the paper" in page
@@ -386,3 +386,19 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'numpy', 'accelerate', 'matplotlib') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_normalizer_in_front_of_a_method(wnq, tmp_path: Path) -> None:
+    plan = json.loads(good(wnq("plan", "digits_cnn", "--method", "twn", "--normalize", "max_abs:0.3", "--json")))
+    options = plan["plan"]["layers"][1]["options"]
+    assert (options["normalize"], options["normalize_gain"]) == ("max_abs", 0.3)
+    bad(wnq("plan", "digits_cnn", "--normalize", "maxabs"), 2, "normalize must be one of 'none', 'max_abs'")
+    bad(wnq("plan", "digits_cnn", "--normalize", "max_abs:much"), 2, "must be NAME or NAME:GAIN with a number")
+    recipe = tmp_path / "float.toml"
+    recipe.write_text('[model]\nname = "digits_mlp"\n')
+    bad(wnq("train", recipe, "--normalize", "max_abs"), 2, "has no [quantize] table")
+
+
+def test_a_width_that_a_method_does_not_define_is_explained(wnq) -> None:
+    bad(wnq("plan", "digits_cnn", "--method", "twn", "--w-bits", "3"), 2, "method 'twn': w_bits must be 2 (or 32")
+    bad(wnq("plan", "digits_cnn", "--method", "lsq", "--w-bits", "1"), 2, "an integer from 2 to 8")

@@ -3,6 +3,7 @@
 A paper's own input quantizer stands in the paper's file under ``methods/`` and registers itself here.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class InputInfo:
     paper: str
     build: Callable[[int], Quantizer]
     widths: tuple[int, ...]
+
+    @property
+    def summary(self) -> str:
+        """First line of the quantizer's docstring."""
+        return (inspect.getdoc(type(self.build(self.widths[0]))) or "").splitlines()[0]
 
 
 _REGISTRY: dict[str, InputInfo] = {}
@@ -73,7 +79,10 @@ def input_builder(activation: str, bits: int) -> Callable[[], Quantizer] | None:
 
 
 class ClippedReLU(Quantizer):
-    r"""Fixed clip: :math:`y = s\,\mathrm{round}(\mathrm{clip}(x, 0, c)/s)` with :math:`s = c/(2^k-1)`; dy/dx = 1 for 0 < x < c.
+    r"""A rectifier with a fixed upper end, in equal steps.
+
+    Forward: :math:`y = s\,\mathrm{round}(\mathrm{clip}(x, 0, c)/s)` with :math:`s = c/(2^k-1)`.
+    Gradient: dy/dx = 1 for 0 < x < c, else 0.
 
     Args:
         bits: 1 to 8.
@@ -81,6 +90,8 @@ class ClippedReLU(Quantizer):
 
     References:
         S. Zhou et al., DoReFa-Net, arXiv:1606.06160, Eq. 11 (clip 1).
+
+    Differences from the paper: none known.
     """
 
     signed = False
@@ -104,10 +115,12 @@ class ClippedReLU(Quantizer):
 
 
 class PACT(Quantizer):
-    r"""Learned clip: :math:`y = \mathrm{clip}(x, 0, \alpha)`, rounded to :math:`2^k` levels.
+    r"""A rectifier with a learned upper end, in equal steps.
 
-    Gradients: dy/dx = 1 for 0 <= x < alpha, :math:`dy/d\alpha = 1` for x >= alpha; no gradient through the rounding. The paper
-    puts the weights' L2 penalty on alpha: give it weight decay, not zero.
+    Forward: :math:`y = \mathrm{clip}(x, 0, \alpha)`, rounded to :math:`2^k` levels.
+    Gradient: dy/dx = 1 for 0 <= x < alpha, :math:`dy/d\alpha = 1` for x >= alpha; none through the rounding.
+
+    The paper puts the weights' L2 penalty on alpha: give it weight decay, not zero.
 
     Args:
         bits: 1 to 8.
@@ -115,6 +128,8 @@ class PACT(Quantizer):
 
     References:
         J. Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural Networks, arXiv:1805.06085, Eq. 1-3.
+
+    Differences from the paper: none known.
     """
 
     signed = False

@@ -65,9 +65,10 @@ class RoundToStep(torch.autograd.Function):
 
 
 class LearnedStep(Quantizer):
-    r"""Learned step size quantization: :math:`\hat v = s \cdot \mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`.
+    r"""A learned step between equidistant levels; inputs are unsigned or signed as the first batch is.
 
-    Gradients: :math:`d\hat v/dv = 1` strictly inside the clip range, 0 outside; :math:`d\hat v/ds = \bar v - v/s` inside,
+    Forward: :math:`\hat v = s \cdot \mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`.
+    Gradient: :math:`d\hat v/dv = 1` strictly inside the clip range, 0 outside; :math:`d\hat v/ds = \bar v - v/s` inside,
     :math:`-Q_n` or :math:`Q_p` outside, multiplied by :math:`1/\sqrt{N Q_p}` with N the number of weights, or of
     features of one sample. Signed: :math:`Q_n = 2^{k-1}`, :math:`Q_p = 2^{k-1}-1`; unsigned: 0 and :math:`2^k-1`.
     The step starts at :math:`2\,\mathrm{mean}|v| / \sqrt{Q_p}`.

@@ -31,6 +31,32 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="A key of a recipe's [data] table: folder, size, limit, … Can be repeated."),
 ]
+Normalize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:GAIN]",
+        help="Normalizer in front of the weight quantizer: max_abs, tanh, standardize, l1_mean or none; GAIN is the share of the "
+        "gradient through the maximum that is kept (1).",
+        show_default=False,
+    ),
+]
+
+
+def normalizer_options(text: str | None) -> dict[str, Any]:
+    """Return ``NAME[:GAIN]`` as options of a method; None as no options.
+
+    Raises:
+        ValueError: the gain is no number.
+    """
+    if text is None:
+        return {}
+    name, colon, gain = text.partition(":")
+    if not colon:
+        return {"normalize": name}
+    try:
+        return {"normalize": name, "normalize_gain": float(gain)}
+    except ValueError:
+        raise ValueError(f"--normalize must be NAME or NAME:GAIN with a number, got {text!r}.") from None
 
 
 def pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any]:

@@ -1,14 +1,27 @@
 """``wnq methods`` and ``wnq plan``."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wnq.cli.command import Json, command
-from wnq.cli.options import InChannels, ModelOption, NumClasses, build, override, pairs
+from wnq.cli.options import (
+    InChannels,
+    ModelOption,
+    Normalize,
+    NumClasses,
+    build,
+    normalizer_options,
+    override,
+    pairs,
+)
 from wnq.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from wnq.methods import MethodInfo
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +31,7 @@ def register(app: typer.Typer) -> None:
         app,
         "wnq plan resnet20 --w-bits 2 --a-bits 2",
         "wnq plan resnet20 --method lsq --override 'layer3.*=wnq:w_bits=4,a_bits=4' --save plan.json",
+        "wnq plan resnet20 --method twn --normalize max_abs",
     )(plan)
 
 
@@ -25,30 +39,56 @@ def methods(
     screen: Screen,
     name: Annotated[str | None, typer.Argument(help="Show everything about this one.", show_default=False)] = None,
 ) -> Json:
-    """List the quantization methods, or explain one."""
-    from wnq.methods import MethodInfo, list_methods
+    """List the quantization methods and input quantizers, or explain one method."""
+    from wnq.activations import list_inputs
+    from wnq.methods import COMMON, MethodInfo, list_methods
 
-    chosen = list_methods() if name is None else [MethodInfo.of(name)]
-    described = [
+    if name is not None:
+        info = MethodInfo.of(name)
+        docstring = inspect.getdoc(info.function) or ""
+        screen.say(f"{info.name}  {info.paper}\n\n{docstring}\n")
+        screen.table([{"option": key, "default": str(value)} for key, value in info.options.items()])
+        return {**_described(info), "docstring": docstring}
+    described = [_described(info) for info in list_methods()]
+    shown = [
         {
-            "name": info.name,
-            "paper": info.paper,
-            "summary": info.summary,
-            "options": info.options,
-            "docstring": inspect.getdoc(info.function) or "",
+            "name": row["name"],
+            "w_bits": _ranges(row["w_bits"]),
+            "paper": row["paper"],
+            "summary": row["summary"],
+            "options": ", ".join(
+                f"{k}={v}" for k, v in row["options"].items() if k not in (*COMMON, "w_bits", "a_bits")
+            ),
         }
-        for info in chosen
+        for row in described
     ]
-    if name is None:
-        for entry in described:
-            del entry["docstring"]
-        options = [", ".join(f"{key}={value}" for key, value in info.options.items()) for info in chosen]
-        screen.table([{**row, "options": text} for row, text in zip(described, options, strict=True)])
-        return described
-    info = chosen[0]
-    screen.say(f"{info.name}  {info.paper}\n\n{described[0]['docstring']}\n")
-    screen.table([{"option": key, "default": str(value)} for key, value in info.options.items()])
-    return described[0]
+    screen.table(shown)
+    screen.say(f"Every method also takes a_bits and {', '.join(f'{key}={value}' for key, value in COMMON.items())}.\n")
+    inputs: list[dict[str, Any]] = [
+        {"activation": entry.name, "a_bits": list(entry.widths), "paper": entry.paper, "summary": entry.summary}
+        for entry in list_inputs()
+    ]
+    screen.table([{**row, "a_bits": _ranges(row["a_bits"])} for row in inputs])
+    return {"methods": described, "inputs": inputs}
+
+
+def _described(info: "MethodInfo") -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "paper": info.paper,
+        "summary": info.summary,
+        "w_bits": list(info.widths),
+        "options": info.options,
+        "recommended": vars(info.recommended) | {"weight_decay_at": dict(info.recommended.weight_decay_at)},
+        "no_normalizer": info.no_normalizer,
+    }
+
+
+def _ranges(widths: Sequence[int]) -> str:
+    """Return ``1-8`` for consecutive widths, else ``2, 3, 8``."""
+    if len(widths) > 2 and widths[-1] - widths[0] == len(widths) - 1:
+        return f"{widths[0]}-{widths[-1]}"
+    return ", ".join(map(str, widths))
 
 
 def plan(
@@ -63,6 +103,7 @@ def plan(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Another option of the method. Can be repeated."),
     ] = None,
+    normalize: Normalize = None,
     first_last_bits: Annotated[
         str,
         typer.Option(metavar="BITS", help="Width of the first and last layer, or none to treat them as all others."),
@@ -90,7 +131,9 @@ def plan(
     widths = {"w_bits": w_bits, "a_bits": a_bits}
     section = QuantizeSection(
         method=method,
-        options={key: bits for key, bits in widths.items() if bits is not None} | pairs(option, "--option"),
+        options={key: bits for key, bits in widths.items() if bits is not None}
+        | normalizer_options(normalize)
+        | pairs(option, "--option"),
         first_last_bits=_first_last(first_last_bits),
         keep_float=tuple(keep_float or ()),
         override=tuple(override(text) for text in exception or ()),

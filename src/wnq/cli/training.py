@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wnq.cli.command import FailureError, Json, StoppedError, command, existing
-from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, data_options, set_keys
+from wnq.cli.options import (
+    DataName,
+    DataOption,
+    InChannels,
+    ModelName,
+    ModelOption,
+    Normalize,
+    NumClasses,
+    data_options,
+    normalizer_options,
+    set_keys,
+)
 from wnq.cli.screen import Screen
 from wnq.cli.targets import open_target
 
@@ -49,6 +60,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Can be repeated."),
     ] = None,
+    normalize: Normalize = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -67,6 +79,10 @@ def train(
         torch.set_num_threads(threads)
     tables = load_recipe(existing(recipe)).to_json()
     set_keys(tables, assign)
+    if normalize is not None:
+        if tables["quantize"] is None:
+            raise ValueError(f"--normalize {normalize}: {recipe} has no [quantize] table, so nothing is quantized.")
+        tables["quantize"]["options"] |= normalizer_options(normalize)
     plan = recipe_from(tables, where=str(recipe))
     if screen.seed is not None:
         plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=screen.seed))
@@ -82,6 +98,7 @@ def train(
     except Interrupted:
         again = ["wnq", "train", str(recipe), "--out", str(out), "--resume"]
         again += [word for text in assign or () for word in ("--set", text)]
+        again += [] if normalize is None else ["--normalize", normalize]
         again += [] if threads is None else ["--threads", str(threads)]
         again += [] if screen.seed is None else ["--seed", str(screen.seed)]
         raise StoppedError(f"stopped; the state is saved in {out}. Continue with: {shlex.join(again)}") from None
