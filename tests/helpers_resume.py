@@ -11,6 +11,7 @@ from torch import nn
 from wnq import get_method, make_plan, quantize_
 from wnq.data import load_data
 from wnq.models import build_model
+from wnq.procedures import Procedure, get_procedure
 from wnq.train import Interrupted, TrainConfig, fit
 
 COMMON = {"epochs": 3, "batch_size": 32, "checkpoint_steps": 3, "lr": 0.05, "crop_padding": 1, "flip": True}
@@ -20,7 +21,10 @@ CASES: dict[str, tuple[str | None, dict]] = {
     "lsq": ("lsq", {"optimizer": "adamw", "lr": 1e-3, "clip_grad_norm": 1.0, "quantizer_weight_decay": 1e-4}),
     "dropout": ("wnq", {"label_smoothing": 0.1}),
     "distilled": ("wnq", {"distill_weight": 0.5}),
+    "admm": ("elbnn", {"bn_batches": 3, "ema_decay": 0.9}),
+    "guided": ("wnq", {"clip_grad_norm": 1.0}),
 }
+PROCEDURES: dict[str, dict] = {"admm": {"every": 5}, "guided": {"joint": True}}
 
 
 def make_case(case: str) -> tuple[nn.Module, nn.Module | None, TrainConfig]:
@@ -29,10 +33,14 @@ def make_case(case: str) -> tuple[nn.Module, nn.Module | None, TrainConfig]:
     model = build_model("digits_cnn")
     if case == "dropout":
         model = nn.Sequential(*list(model)[:-1], nn.Dropout(0.3), list(model)[-1])
-    teacher = copy.deepcopy(model) if case == "distilled" else None
+    teacher = copy.deepcopy(model) if case in ("distilled", "guided") else None
     if method is not None:
         quantize_(model, make_plan(model, get_method(method)))
     return model, teacher, TrainConfig(**{**COMMON, **settings})
+
+
+def make_procedure(case: str) -> Procedure | None:
+    return get_procedure(case, **PROCEDURES[case]) if case in PROCEDURES else None
 
 
 def train(case: str, out: Path, reports: Connection) -> None:
@@ -44,7 +52,7 @@ def train(case: str, out: Path, reports: Connection) -> None:
         torch.rand(7)  # numbers drawn before do not matter to a resumed run
     try:
         result = fit(
-            model, data, config, teacher=teacher, out=out, resume=True,
+            model, data, config, teacher=teacher, procedure=make_procedure(case), out=out, resume=True,
             on_step=lambda progress: reports.send((progress.epoch, progress.step)),
         )  # fmt: skip
     except Interrupted:

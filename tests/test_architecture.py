@@ -16,7 +16,7 @@ RANKS = [
     {"methods", "prepared"},
     {"plan"},
     {"plan_table", "attach"},
-    {"testing", "tails", "models", "data", "folding"},
+    {"testing", "tails", "models", "data", "folding", "procedures"},
     {"analysis", "artifact", "metrics"},
     {"report", "train"},
     {"recipe"},

@@ -23,7 +23,6 @@ from wnq.artifact.bundle import bundle, unbundle
 from wnq.artifact.container import ArtifactError, read_artifact, write_artifact
 from wnq.artifact.content import read_levels, store_levels
 from wnq.artifact.manifest import Manifest
-from wnq.methods import MethodInfo
 from wnq.models import registered_model
 
 
@@ -71,16 +70,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("method", [info.name for info in wnq.list_methods()])
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [(info.name, bits) for info in wnq.list_methods() for bits in info.widths if bits in (1, 2, 3, 5, 8)],
+)
 def test_logits_are_equal_bit_for_bit_for_every_method(method: str, bits: int, path: Path) -> None:
-    options = {"w_bits": bits} if "w_bits" in MethodInfo.of(method).options else {}
-    try:
-        chosen = wnq.get_method(method, **options)
-    except ValueError:
-        pytest.skip(f"{method} has no {bits}-bit form")
     torch.manual_seed(0)
-    model = trained(Net(), chosen, images())
+    # Net has a transposed convolution, which XNOR-Net's scale map is not defined for; tests/test_xnor.py stores the map.
+    options = {"scale_map": False} if method == "xnor" else {}
+    model = trained(Net(), wnq.get_method(method, w_bits=bits, **options), images())
     save(model, path)
     assert torch.equal(load(path, Net())(images(16)), model(images(16)))
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from wnq.activations import PACT, ClippedReLU
-from wnq.learned_step import LearnedStep
+from wnq.activations import list_inputs
 from wnq.methods import get_method, list_methods
 from wnq.quantizer import CodebookQuantizer, Uniform
 from wnq.testing import LAWS, METHOD_LAWS, check_method
@@ -19,19 +18,19 @@ WNQ = [
 ]
 METHODS = [("wnq", options) for options in WNQ]
 METHODS += [("wnq", {"w_bits": bits, "max_gain": gain}) for bits in (5, 6, 7) for gain in (0.0, 0.3, 1.0)]
-METHODS += [("minmax", {"w_bits": bits, "granularity": g}) for bits in range(1, 9) for g in ("tensor", "channel")]
-METHODS += [("dorefa", {"w_bits": bits}) for bits in range(1, 9)]
-METHODS += [("lsq", {"w_bits": bits}) for bits in range(2, 9)]
-METHODS += [("bwn", {}), ("twn", {}), ("twn", {"threshold": 0.75, "granularity": "channel"})]
+METHODS += [(info.name, {"w_bits": bits}) for info in list_methods() if info.name != "wnq" for bits in info.widths]
 
 
 def ignoring_tensor(kind, *args, **kwargs):
     return lambda _: kind(*args, **kwargs)
 
 
-INPUTS = {f"lsq{bits}": ignoring_tensor(LearnedStep, bits, is_weight=False) for bits in range(1, 9)}
-INPUTS |= {f"pact{bits}": ignoring_tensor(PACT, bits, start=0.5) for bits in (1, 2, 3, 8)}
-INPUTS |= {f"clip{bits}": ignoring_tensor(ClippedReLU, bits) for bits in (1, 2, 3, 8)}
+INPUTS = {
+    f"{info.name}{bits}": ignoring_tensor(info.build, bits)
+    for info in list_inputs()
+    for bits in info.widths
+    if bits in (1, 2, 3, 8)
+}
 INPUTS |= {
     "uniform3": lambda _: Uniform(3),
     "uniform4-symmetric": lambda _: Uniform(4, "symmetric"),
@@ -58,8 +57,9 @@ COMPILED = [
     ("wnq", {"w_bits": 1}),
     ("wnq", {"w_bits": 2, "scale": "learned", "granularity": "channel"}),
     ("wnq", {"scale": "optimal"}),
+    ("wnq", {"grid": "symmetric", "normalize": "standardize", "ewgs": 1e-2}),
 ]
-COMPILED += [("wnq", {"grid": "symmetric"}), ("minmax", {}), ("dorefa", {}), ("lsq", {}), ("bwn", {}), ("twn", {})]
+COMPILED += [(info.name, {}) for info in list_methods() if info.name != "wnq"]
 
 
 @pytest.mark.parametrize(("name", "options"), COMPILED, ids=[identity(*m) for m in COMPILED])
@@ -74,7 +74,7 @@ def test_input_quantizer_keeps_the_laws(make, law):
     law(make)
 
 
-@pytest.mark.parametrize("name", ["lsq3", "pact3", "clip3", "uniform3"])
+@pytest.mark.parametrize("name", [f"{info.name}{info.widths[-1]}" for info in list_inputs()] + ["uniform3"])
 def test_input_quantizer_compiles(name):
     (compiles,) = [law for law in LAWS if law.__name__ == "compiles"]
     compiles(INPUTS[name])
@@ -90,7 +90,7 @@ def test_laws_hold_along_either_axis(name, axis):
 @pytest.mark.parametrize("law", METHOD_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", [info.name for info in list_methods()])
 def test_method_keeps_the_laws(name, law):
-    law(get_method(name, a_bits=3))
+    law(get_method(name))
 
 
 def test_the_shipped_check_accepts_a_good_method_and_names_the_broken_law():

@@ -14,6 +14,7 @@ import torch
 
 from helpers_resume import CASES, make_case, train
 from wnq.data import load_data
+from wnq.procedures import get_procedure
 from wnq.train import TrainConfig, fit
 
 TIMINGS = ("seconds", "images_per_second")
@@ -180,6 +181,19 @@ def test_changed_settings_are_named(stopped: bytes, tmp_path: Path):
     message = resume_error(tmp_path, lr=0.5, seed=4)
     assert "the settings changed (lr: 0.001 then, 0.5 now, seed: 0 then, 4 now)" in message
     assert message.endswith("Use another output folder.")
+
+
+def test_another_procedure_is_named(tmp_path: Path):
+    model, teacher, config = make_case("guided")
+    run = Training("guided", tmp_path)
+    run.wait_for(4)
+    run.end(signal.SIGKILL)
+    data = load_data("digits", limit=256)
+    with pytest.raises(ValueError, match=r"the settings changed \(procedure: \{.*'joint': True.* then, None now\)"):
+        fit(model, data, config, out=tmp_path, resume=True)
+    fixed = get_procedure("guided", joint=False)
+    with pytest.raises(ValueError, match=r"then, \{.*'joint': False"):
+        fit(model, data, config, teacher=teacher, procedure=fixed, out=tmp_path, resume=True)
 
 
 def test_checkpoint_of_another_model_is_refused(stopped: bytes, tmp_path: Path):

@@ -91,6 +91,8 @@ def _checked_layer(modules: dict[str, nn.Module], entry: LayerPlan, kind: str) -
             "make the plan anew with make_plan(model, method)."
         )
     check_finite(weight.detach(), where=f"the weight of layer {entry.name!r}")
+    if entry.method.output is not None and not isinstance(layer, INDEX_INPUT):
+        entry.method.output(layer)
     return layer
 
 
@@ -113,7 +115,7 @@ def attach_sides_(layer: nn.Module, entry: LayerPlan) -> None:
     if isinstance(layer, INDEX_INPUT):
         return
     if entry.method.output is not None:
-        layer.output_module = entry.method.output()
+        layer.output_module = entry.method.output(layer)
         layer.register_forward_pre_hook(keep_input, with_kwargs=True)
         layer.register_forward_hook(pass_output)
     if entry.method.input is None:

@@ -114,7 +114,8 @@ class Preceded(Quantizer):
     r"""Any quantizer behind a normalizer: :math:`w_q = m\,Q(u)` with ``(u, m) = normalize(w)``.
 
     Gradients pass through ``Q`` as it defines them and through the normalizer, so that :func:`wnq.normalizers.max_abs` acts on
-    the largest weight whatever rounds behind it. ``standardize`` takes the mean of the weights away for good.
+    the largest weight whatever rounds behind it. ``standardize`` takes the mean of the weights away for good, and ``tanh``
+    squashes them: m is max|tanh w|.
 
     Args:
         name: one of :data:`wnq.normalizers.NORMALIZERS`.

@@ -110,12 +110,14 @@ def named_normalizer(name: str, gain: float = 1.0) -> Normalizer:
     """Return a normalizer by name.
 
     Raises:
-        ValueError: unknown name, with the closest one.
+        ValueError: unknown name, with the closest one, or a gain out of range.
     """
     if name not in NORMALIZERS:
         raise ValueError(
             f"unknown normalizer {name!r}.{did_you_mean(name, NORMALIZERS)} Available: {', '.join(NORMALIZERS)}."
         )
+    if not 0 <= gain < float("inf"):
+        raise ValueError(f"gain must be a finite number >= 0, got {gain!r}.")
     return NORMALIZERS[name](gain)
 
 
@@ -123,7 +125,8 @@ class Normalization(nn.Module):
     r"""A normalizer alone, as a torch parametrization: :math:`w \mapsto g\,u`, with nothing rounded.
 
     Put in front of someone else's pruning or quantization it does to their weights what WNQ does to its own. ``g`` starts at the
-    normalizer's scale, so that the layer computes what it did (standardization also takes the mean away).
+    normalizer's scale, so that the layer computes what it did (but for what a normalizer takes away for good: the mean in
+    standardization, the tails in tanh). Weights that are all zero start with ``g`` = 1, so that they can grow.
 
     Args:
         weight: the layer's weight, which ``g`` starts from.
@@ -138,7 +141,8 @@ class Normalization(nn.Module):
         super().__init__()
         self.name = name
         self.normalize = named_normalizer(name, max_gain)
-        start = self.normalize(weight.detach().to(compute_dtype(weight)), 0)[1].to(weight.dtype).clone()
+        start = self.normalize(weight.detach().to(compute_dtype(weight)), 0)[1].to(weight.dtype)
+        start = torch.where(start > 0, start, 1.0).to(weight.dtype)
         if learned:
             self.scale = nn.Parameter(start)
         else:
@@ -159,7 +163,7 @@ def normalize_(layer: nn.Module, name: str = "max_abs", *, max_gain: float = 1.0
     Undo it with ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
 
     Raises:
-        ValueError: unknown normalizer, or the layer has no weight.
+        ValueError: unknown normalizer, a gain out of range, or the layer has no weight.
     """
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):

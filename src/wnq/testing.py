@@ -229,13 +229,14 @@ def check_quantizer(make: Make) -> None:
 def _toy(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a two-layer net with a learnable task: which of four directions a 2-d point lies in."""
     torch.manual_seed(seed)
+    # Leaky, because behind a plain ReLU a binary input would be +1 everywhere.
     model = nn.Sequential(
         nn.Linear(2, 32),
         nn.BatchNorm1d(32),
-        nn.ReLU(),
+        nn.LeakyReLU(0.2),
         nn.Linear(32, 32),
         nn.BatchNorm1d(32),
-        nn.ReLU(),
+        nn.LeakyReLU(0.2),
         nn.Linear(32, 4),
     )
     x = torch.randn(512, 2)

@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wnq.cli import demo, evidence, files, planning, training
+from wnq.cli import compare, demo, evidence, files, planning, training
 
 app = typer.Typer(
     name="wnq",
@@ -32,7 +32,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for register in (demo.register, planning.register, training.register, evidence.register, files.register):
+for register in (
+    demo.register,
+    planning.register,
+    training.register,
+    compare.register,
+    evidence.register,
+    files.register,
+):
     register(app)
 
 

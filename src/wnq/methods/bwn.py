@@ -7,22 +7,29 @@ from wnq.activations import input_builder
 from wnq.methods.registry import Method, register
 from wnq.normalizers import reduced_dims
 from wnq.quantizer import Quantized, Quantizer, compute_dtype
+from wnq.ste import straight_through
+
+GRADIENTS = ("identity", "paper")
 
 
 class ScaledSign(Quantizer):
-    r"""One bit: :math:`w_q = E\,\mathrm{sign}(w)` with E = mean|w| under stop-gradient; dw_q/dw = 1.
+    r"""One bit: :math:`w_q = E\,\mathrm{sign}(w)` with E = mean|w| under stop-gradient.
 
     Args:
         granularity: one mean a ``"tensor"`` (DoReFa-Net) or one an output ``"channel"`` (XNOR-Net).
         axis: output-channel dimension.
+        gradient: ``"identity"``, dw_q/dw = 1, or ``"paper"``, :math:`1/n + E\,1_{|w| \le 1}` with n weights to a mean.
     """
 
     bits = 1
 
-    def __init__(self, granularity: str, axis: int = 0) -> None:
+    def __init__(self, granularity: str, axis: int = 0, gradient: str = "identity") -> None:
         super().__init__()
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
         self.granularity = granularity
         self.axis = axis
+        self.gradient = gradient
 
     def _scale(self, w: Tensor) -> Tensor:
         """Mean absolute value, ``()`` or broadcastable per channel."""
@@ -35,7 +42,12 @@ class ScaledSign(Quantizer):
         """Return ±mean|w|."""
         w = x.to(compute_dtype(x))
         scale = self._scale(w)
-        return self.pass_through(torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * scale, w, 2 * scale).to(x.dtype)
+        value = torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * scale
+        surrogate = w
+        if self.gradient == "paper":
+            count = w.numel() // scale.numel()
+            surrogate = straight_through(w, w / count + scale * w.clamp(-1, 1))
+        return self.pass_through(value, surrogate, 2 * scale).to(x.dtype)
 
     def encode(self, x: Tensor) -> Quantized:
         """Return codes 0 and 1 for levels -1 and +1."""
@@ -44,15 +56,19 @@ class ScaledSign(Quantizer):
 
 
 @register(paper="arXiv:1603.05279", widths=(1,))
-def bwn(w_bits: int = 1, a_bits: int = 32, *, activation: str = "lsq") -> Method:
+def bwn(w_bits: int = 1, a_bits: int = 32, *, gradient: str = "identity", activation: str = "lsq") -> Method:
     r"""One bit a weight: the sign times the filter's mean absolute value.
 
     Forward: :math:`w_q = \alpha\,\mathrm{sign}(w)`, :math:`\alpha = \mathrm{mean}|w|` for each output channel, which minimises
-    :math:`\lVert w - \alpha\,\mathrm{sign}(w)\rVert`. Gradient: dw_q/dw = 1, alpha under stop-gradient.
+    :math:`\lVert w - \alpha\,\mathrm{sign}(w)\rVert`.
+
+    Gradient: :math:`dw_q/dw = 1`, or the paper's :math:`dw_q/dw = 1/n + \alpha\,1_{|w| \le 1}` with n weights to a filter;
+    alpha itself under stop-gradient.
 
     Args:
         w_bits: 1, or 32.
         a_bits: width of the inputs, 1 to 8, or 32 (the paper's BWN).
+        gradient: ``"identity"`` or ``"paper"``.
         activation: input quantizer where ``a_bits`` is below 32.
 
     Returns:
@@ -63,9 +79,11 @@ def bwn(w_bits: int = 1, a_bits: int = 32, *, activation: str = "lsq") -> Method
 
     References:
         M. Rastegari et al., XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks,
-        arXiv:1603.05279, ECCV 2016, Sec. 3.1.
+        arXiv:1603.05279, ECCV 2016, Sec. 3.1 (scale and gradient) and Alg. 1.
 
-    Differences from the paper: the gradient is the identity that the authors' and most later code uses, not
-    :math:`1/n + \alpha\,1_{|w| \le 1}` of the text.
+    Differences from the paper: the gradient is by default the identity that the authors' and most later code uses, not that of the
+    text. The text's is element-wise; the exact derivative through :math:`\alpha = \mathrm{mean}|w|` has
+    :math:`\mathrm{sign}(w_i) \sum_j g_j\,\mathrm{sign}(w_j) / n` in place of :math:`g_i / n`.
     """
-    return Method(weight=lambda _, axis: ScaledSign("channel", axis), input=input_builder(activation, a_bits))
+    ScaledSign("channel", gradient=gradient)
+    return Method(weight=lambda _, axis: ScaledSign("channel", axis, gradient), input=input_builder(activation, a_bits))

@@ -23,8 +23,10 @@ WeightBuilder = Callable[[Tensor, int], Quantizer]
 
 InputBuilder = Callable[[], Quantizer]
 
-OutputBuilder = Callable[[], nn.Module]
-"""Builds a module that a layer's output passes through: ``module(layer, x, y) -> y``, with the float input ``x``."""
+OutputBuilder = Callable[[nn.Module], nn.Module]
+"""Builds, for a layer, a module that its output passes through: ``module(layer, x, y) -> y``, with the float input ``x``.
+
+Raises ``ValueError`` for a kind of layer that it does not fit."""
 
 COMMON: Mapping[str, Any] = MappingProxyType({"normalize": "none", "normalize_gain": 1.0, "ewgs": 0.0})
 """Options of every method, with their defaults.

@@ -7,18 +7,22 @@ from wnq.recipe.runs import build, load_run, resolve, run_recipe
 from wnq.recipe.sections import (
     DataSection,
     ModelSection,
+    ProcedureSection,
     QuantizeSection,
     Recipe,
     data_of,
     load_recipe,
     plan_of,
+    procedure_of,
     recipe_from,
+    stage_recipes,
 )
 from wnq.recipe.weights import load_weights_
 
 __all__ = [
     "DataSection",
     "ModelSection",
+    "ProcedureSection",
     "QuantizeSection",
     "Recipe",
     "build",
@@ -27,7 +31,9 @@ __all__ = [
     "load_run",
     "load_weights_",
     "plan_of",
+    "procedure_of",
     "recipe_from",
     "resolve",
     "run_recipe",
+    "stage_recipes",
 ]

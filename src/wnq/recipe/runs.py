@@ -1,7 +1,8 @@
 """A recipe: one TOML file that says model, data, quantization and training; and the folder that running it leaves.
 
 A run's folder holds ``recipe.json`` (everything resolved), ``plan.json``, ``metrics.jsonl``, ``checkpoint.pt``,
-``model.safetensors`` (the trained state) and ``result.json``.
+``model.safetensors`` (the trained state) and ``result.json``. Of a recipe with stages it is that of the last one; those
+before are runs in its subfolders ``stage1``, ``stage2``, and so on.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from wnq.environment import environment
 from wnq.files import replacing, write_text
 from wnq.models import build_model
 from wnq.plan import Plan
-from wnq.recipe.sections import Recipe, data_of, load_recipe, plan_of
-from wnq.recipe.weights import load_weights_
+from wnq.recipe.sections import Recipe, data_of, load_recipe, plan_of, procedure_of, stage_recipes
+from wnq.recipe.weights import load_float_weights_, load_weights_
 from wnq.train import Progress, TrainResult, fit, plain_accelerator
 
 if TYPE_CHECKING:
@@ -42,18 +43,27 @@ def resolve(recipe: Recipe, data: Dataset) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options=options))
 
 
-def build(recipe: Recipe) -> tuple[nn.Module, nn.Module | None]:
-    """Build a resolved recipe's model, started and quantized, and the float twin for distillation (None without).
+def build(recipe: Recipe, start: Path | None = None) -> tuple[nn.Module, nn.Module | None]:
+    """Build a resolved recipe's model, started and quantized, and the float twin (None if nothing needs one).
+
+    Args:
+        recipe: a recipe without stages, or the base of one with stages.
+        start: the run to start from instead of ``[model] start``, which the twin is still read from.
 
     Raises:
         ValueError: anything in the recipe that does not fit the model or the data.
     """
     model = _float_model(recipe)
-    if recipe.model.start is not None:
+    if start is not None:
+        load_float_weights_(model, start)
+    elif recipe.model.start is not None:
         load_weights_(model, recipe.model.start)
     teacher = None
-    if recipe.train.distill_weight > 0:
+    procedure = procedure_of(recipe.procedure)
+    if recipe.train.distill_weight > 0 or (procedure is not None and procedure.needs_teacher):
         if recipe.model.start is None:
+            if procedure is not None and procedure.needs_teacher:
+                raise ValueError(f"procedure {procedure.name!r} needs [model] start: the float twin's weights.")
             raise ValueError("[train] distill_weight needs [model] start: the float twin that is distilled from.")
         teacher = _float_model(recipe)
         load_weights_(teacher, recipe.model.start)
@@ -92,29 +102,66 @@ def run_recipe(
         OSError: the folder cannot be written.
     """
     out = Path(out)
-    if (out / "checkpoint.pt").exists() and not resume:
+    if not resume and ((out / "checkpoint.pt").exists() or any(out.glob("stage*/checkpoint.pt"))):
         raise ValueError(f"{out} holds a run already. Resume it (--resume) or choose another output folder.")
     data = data or data_of(recipe.data)
     recipe = resolve(recipe, data)
-    model, teacher = build(recipe)
     accelerator = accelerator or plain_accelerator()
-    if (out / "checkpoint.pt").exists() and (out / "recipe.json").exists():
-        _check_same_recipe(recipe, out / "recipe.json")
-    elif accelerator.is_main_process:
-        write_text(out / "recipe.json", json.dumps(recipe.to_json(), indent=2) + "\n")
+    *earlier, last = stage_recipes(recipe)
+    if earlier:
+        # A mistake in a later stage is found now.
+        for stage in (*earlier, last):
+            build(stage)
+        _write_or_check(recipe, out, "stage1/checkpoint.pt", accelerator)
+    start = None
+    for index, stage in enumerate(earlier, 1):
+        folder = out / f"stage{index}"
+        if not (resume and (folder / "result.json").exists()):
+            logger.info("stage %d of %d", index, len(earlier) + 1)
+            _train(stage, stage, folder, start, resume, data, accelerator, on_step)
+            accelerator.wait_for_everyone()
+            accelerator.free_memory()
+        start = folder
+    return _train(last, recipe, out, start, resume, data, accelerator, on_step)
+
+
+def _train(
+    stage: Recipe,
+    recipe: Recipe,
+    out: Path,
+    start: Path | None,
+    resume: bool,
+    data: Dataset,
+    accelerator: "Accelerator",
+    on_step: Callable[[Progress], None] | None,
+) -> tuple[nn.Module, TrainResult]:
+    """Train one stage into a folder, which remembers it as ``recipe``."""
+    model, teacher = build(stage, start)
+    _write_or_check(recipe, out, "checkpoint.pt", accelerator)
     result = fit(
-        model, data, recipe.train, teacher=teacher, out=out, resume=resume, accelerator=accelerator, on_step=on_step
-    )
+        model, data, stage.train, teacher=teacher, procedure=procedure_of(stage.procedure),
+        out=out, resume=resume, accelerator=accelerator, on_step=on_step,
+    )  # fmt: skip
     model.eval()
     if accelerator.is_main_process:
         _save_run(recipe, model, result, out)
     return model, result
 
 
+def _write_or_check(recipe: Recipe, out: Path, begun: str, accelerator: "Accelerator") -> None:
+    """Write the recipe into a folder, or check that it is the one there, if that run has begun."""
+    if (out / begun).exists() and (out / "recipe.json").exists():
+        _check_same_recipe(recipe, out / "recipe.json")
+    elif accelerator.is_main_process:
+        write_text(out / "recipe.json", json.dumps(recipe.to_json(), indent=2) + "\n")
+
+
 def _check_same_recipe(recipe: Recipe, path: Path) -> None:
     """A checkpoint cannot tell 2 bits from 3; the recipe beside it can. Only where the images lie may change."""
     then, now = load_recipe(path).to_json(), recipe.to_json()
     changes: list[str] = []
+    if then.pop("stages") != now.pop("stages"):
+        changes.append("[[stages]] differ")
     for section in now:
         old, new = then[section] or {}, now[section] or {}
         for key in sorted(old.keys() | new.keys()):

@@ -1,4 +1,4 @@
-"""The tables of a recipe, and what they mean: data, plan."""
+"""The tables of a recipe, and what they mean: data, plan, procedure, stages."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from torch import nn
 from wnq.data import Dataset, load_data
 from wnq.methods import get_method
 from wnq.plan import Plan, make_plan
+from wnq.procedures import Procedure, get_procedure
 from wnq.recipe.schema import check_keys, check_table, check_type, from_table
 from wnq.train import TrainConfig
 
@@ -58,6 +59,15 @@ class QuantizeSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcedureSection:
+    """``[procedure]``: a training procedure, see :mod:`wnq.procedures`."""
+
+    name: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Of the procedure, for example ``{ rho = 0.01 }``."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A whole recipe. Without ``quantize`` it trains the float model."""
 
@@ -65,6 +75,9 @@ class Recipe:
     data: DataSection = dataclasses.field(default_factory=DataSection)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     quantize: QuantizeSection | None = None
+    procedure: ProcedureSection | None = None
+    stages: tuple[dict[str, Any], ...] = ()
+    """``[[stages]]``: changes of the tables above, run one after the other, each from the weights of the one before."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; :func:`recipe_from` reverses it."""
@@ -95,20 +108,67 @@ def recipe_from(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     Raises:
         ValueError: as :func:`load_recipe`.
     """
-    sections: dict[str, type[Any]] = {
-        "model": ModelSection,
-        "data": DataSection,
-        "train": TrainConfig,
-        "quantize": QuantizeSection,
-    }
     check_table(data, where)
-    check_keys(data, sections, where)
+    check_keys(data, (*SECTIONS, "stages"), where)
     built = {
-        name: from_table(sections[name], table, f"{where}: [{name}]")
+        name: from_table(SECTIONS[name], table, f"{where}: [{name}]")
         for name, table in data.items()
-        if table is not None
+        if table is not None and name != "stages"
     }
-    return Recipe(**built)
+    stages = check_type(data.get("stages", ()), tuple[dict[str, Any], ...], f"{where}: stages")
+    recipe = Recipe(**built, stages=stages)
+    stage_recipes(recipe, where=where)
+    return recipe
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "train": TrainConfig,
+    "quantize": QuantizeSection,
+    "procedure": ProcedureSection,
+}
+
+STAGED = {"train": "", "quantize": "method", "procedure": "name"}
+"""What a stage may change, and the key that the options belong to: under another name none are inherited."""
+
+
+def stage_recipes(recipe: Recipe, *, where: str = "recipe") -> list[Recipe]:
+    """Return a recipe without stages for each stage, or the recipe itself if it has none.
+
+    Raises:
+        ValueError: as :func:`load_recipe`.
+    """
+    if not recipe.stages:
+        return [recipe]
+    base = {name: table for name, table in recipe.to_json().items() if name != "stages"}
+    recipes: list[Recipe] = []
+    for index, stage in enumerate(recipe.stages):
+        here = f"{where}: stages[{index}]"
+        check_keys(stage, STAGED, here)
+        changed = dict(base)
+        for name, table in stage.items():
+            old, new = dict(base[name] or {}), check_table(table, f"{here}: [{name}]")
+            if new.get(STAGED[name], old.get(STAGED[name])) != old.get(STAGED[name]):
+                old.pop("options", None)
+            both = [old["options"], new["options"]] if "options" in old and "options" in new else []
+            merged = {"options": {**both[0], **check_table(both[1], f"{here}: [{name}] options")}} if both else {}
+            changed[name] = {**old, **new, **merged}
+        recipes.append(recipe_from(changed, where=here))
+    return recipes
+
+
+def procedure_of(section: ProcedureSection | None) -> Procedure | None:
+    """Return a fresh procedure as a ``[procedure]`` table says; None without the table.
+
+    Raises:
+        ValueError: unknown name or option (with the closest ones), or a value out of range.
+    """
+    if section is None:
+        return None
+    if not section.name:
+        raise ValueError("[procedure] needs a name, such as name = 'admm'.")
+    return get_procedure(section.name, **section.options)
 
 
 def plan_of(section: QuantizeSection, model: nn.Module) -> Plan:

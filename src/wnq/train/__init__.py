@@ -3,7 +3,8 @@
 from wnq.train.batchnorm import reestimate_batchnorm_
 from wnq.train.config import TrainConfig, schedule
 from wnq.train.interrupt import Interrupted
-from wnq.train.loop import TrainingDivergedError, fit, plain_accelerator
+from wnq.train.loop import TrainingDivergedError, fit
+from wnq.train.processes import plain_accelerator
 from wnq.train.progress import Progress, TrainResult
 
 __all__ = [

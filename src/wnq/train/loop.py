@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wnq.attach import param_groups
 from wnq.data import Augment, Batches, Dataset
 from wnq.files import write_text
 from wnq.metrics import Metrics, evaluate
+from wnq.procedures import Procedure, looked_ahead
 from wnq.train.batchnorm import reestimate_batchnorm_
 from wnq.train.checkpoint import TrainState, load_checkpoint, remove_leftovers, save_checkpoint
 from wnq.train.config import TrainConfig, schedule
 from wnq.train.interrupt import Interrupted, catching_interrupt
 from wnq.train.loss import training_loss
+from wnq.train.optimizer import make_optimizer
+from wnq.train.processes import plain_accelerator, share_buffers, sum_up
 from wnq.train.progress import Progress, TrainResult
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def fit(
     config: TrainConfig,
     *,
     teacher: nn.Module | None = None,
+    procedure: Procedure | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     accelerator: "Accelerator | None" = None,
@@ -58,7 +60,8 @@ def fit(
         model: maps normalised images ``(B, C, H, W)`` to logits ``(B, classes)``.
         data: the images.
         config: the settings.
-        teacher: the float twin, for ``distill_weight`` > 0.
+        teacher: the float twin, for ``distill_weight`` > 0 or a procedure that needs one.
+        procedure: a fresh training procedure, from :func:`wnq.procedures.get_procedure`; None trains plainly.
         out: folder for ``checkpoint.pt`` and ``metrics.jsonl``; None keeps everything in memory.
         resume: continue from the checkpoint in ``out`` if there is one.
         accelerator: an ``accelerate.Accelerator`` to use, for example one with trackers; by default a plain one.
@@ -67,24 +70,18 @@ def fit(
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
         Interrupted: Ctrl-C; with ``out``, the checkpoint is written first.
-        ValueError: distillation without a teacher, a checkpoint that does not fit, or several processes with fewer
-            images than a batch.
+        ValueError: distillation without a teacher, a procedure that does not fit the model or the settings, a
+            checkpoint that does not fit, or several processes with fewer images than a batch.
         ModuleNotFoundError: the extra ``train`` is not installed.
     """
     if config.distill_weight > 0 and teacher is None:
         raise ValueError("distill_weight is above 0 but there is no teacher: pass the float twin.")
+    if procedure is not None and config.compile and not procedure.compiles:
+        raise ValueError(
+            f"procedure {procedure.settings['name']!r} cannot watch a compiled model: set compile = false."
+        )
     folder = None if out is None else Path(out)
-    return _Run(model, data, config, teacher, folder, accelerator or plain_accelerator(), on_step).go(resume)
-
-
-def plain_accelerator() -> "Accelerator":
-    """Return an ``accelerate.Accelerator`` with its defaults, which knows the processes of this job."""
-    try:
-        from accelerate import Accelerator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('training needs accelerate: pip install "wnq[train]"') from error
-    # Without being told that there is no device, accelerate ignores the other processes of a job on CPUs.
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    return _Run(model, data, config, teacher, procedure, folder, accelerator or plain_accelerator(), on_step).go(resume)
 
 
 class _Run:
@@ -96,6 +93,7 @@ class _Run:
         data: Dataset,
         config: TrainConfig,
         teacher: nn.Module | None,
+        procedure: Procedure | None,
         out: Path | None,
         accelerator: "Accelerator",
         on_step: Callable[[Progress], None] | None,
@@ -131,31 +129,28 @@ class _Run:
         self.val = Batches(data.val, max(config.batch_size, 256 * self.processes), **share)
         self.steps = self.train.steps_per_epoch
         self.images_per_step = min(config.batch_size, len(data.train))
-        groups = param_groups(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            quantizer_lr=config.lr * config.quantizer_lr,
-            quantizer_weight_decay=config.quantizer_weight_decay,
-        )
-        self.peaks: list[float] = [group["lr"] for group in groups]
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-        else:
-            self.optimizer = torch.optim.AdamW(groups)
+        self.procedure = (procedure or Procedure()).to(device)
+        self.procedure.start_(self.model, self.teacher)
+        self.optimizer = make_optimizer(self.model, self.procedure, config)
+        if self.processes > 1 and any(p.requires_grad for p in self.procedure.parameters()):
+            raise ValueError(
+                f"procedure {self.procedure.settings['name']!r} trains parameters of its own, whose gradients "
+                f"{self.processes} processes do not share: use one process."
+            )
+        self.peaks: list[float] = [group["lr"] for group in self.optimizer.param_groups]
         self.average = None
         if config.ema_decay > 0:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.models = {"model": self.model, "average": self.average}
+        self.models = {"model": self.model, "average": self.average, "procedure": procedure}
+        # What a checkpoint must have been written with. Runs without a procedure do not mention one.
+        self.settings = dataclasses.asdict(config) | ({} if procedure is None else {"procedure": procedure.settings})
         self.state = TrainState()
 
     def go(self, resume: bool) -> TrainResult:
         checkpoint = None if self.out is None else self.out / "checkpoint.pt"
         if resume and checkpoint is not None and checkpoint.exists():
             remove_leftovers(checkpoint, checkpoint.with_name("metrics.jsonl"))
-            settings = dataclasses.asdict(self.config)
-            self.state = load_checkpoint(checkpoint, settings, optimizer=self.optimizer, **self.models)
+            self.state = load_checkpoint(checkpoint, self.settings, optimizer=self.optimizer, **self.models)
             logger.info("resumed at epoch %d, step %d", self.state.epoch, self.state.step)
         prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         network: nn.Module = torch.compile(prepared, fullgraph=True) if self.config.compile else prepared  # pyright: ignore[reportAssignmentType]
@@ -166,9 +161,10 @@ class _Run:
         self._share_buffers()
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
+        self.procedure.finish_(self.model)
         if self.config.bn_batches:
             reestimate_batchnorm_(self.model, self.train, self.config.bn_batches, bf16=self.config.bf16)
-        if val is None or self.average is not None or self.config.bn_batches:
+        if val is None or self.average is not None or self.config.bn_batches or self.models["procedure"] is not None:
             val = self._evaluate(self.model)
         images = self.steps * self.images_per_step * self.config.epochs
         return TrainResult(val, self.state.history, self.state.seconds, images / max(self.state.seconds, 1e-9))
@@ -177,20 +173,20 @@ class _Run:
         return evaluate(model, self.val.epoch(0), bf16=self.config.bf16)
 
     def _share_buffers(self) -> None:
-        """Give all processes the main one's buffers: BatchNorm statistics follow each one's own share."""
         if self.processes > 1:
-            for model in self.models.values():
-                for buffer in () if model is None else model.buffers():
-                    dist.broadcast(buffer, src=0)
+            share_buffers(self.models.values())
 
     def _epoch(self, network: nn.Module, interrupted: Callable[[], bool]) -> Metrics | None:
         state, config = self.state, self.config
         network.train()
+        self.procedure.start_epoch_(self.model, state.epoch, config.epochs)
         begin = time.perf_counter()
         done_before, resumed_at = state.seconds, state.step
         for images, labels in self.train.epoch(state.epoch, start_step=state.step):
             loss, correct = self._step(network, images, labels)
-            loss, correct, seen, stop = self._sum_up(loss, correct, len(labels), interrupted())
+            seen, stop = len(labels), interrupted()
+            if self.processes > 1:
+                loss, correct, seen, stop = sum_up(loss, correct, seen, stop, images.device)
             state.step += 1
             state.loss_sum += loss
             state.correct += correct
@@ -206,6 +202,7 @@ class _Run:
                 self._save()
             if stop:
                 raise Interrupted
+        self.procedure.after_epoch_(self.model, state.epoch, config.epochs)
         last = state.epoch + 1 == config.epochs
         val = None
         if last or (state.epoch + 1) % config.eval_every == 0:
@@ -216,33 +213,34 @@ class _Run:
         return val
 
     def _step(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        config = self.config
-        rate = schedule(self.state.epoch * self.steps + self.state.step, self.steps, config)
+        rate = schedule(self.state.epoch * self.steps + self.state.step, self.steps, self.config)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            logits = network(images).float()
-            with torch.no_grad():
-                twin = None if self.teacher is None or not config.distill_weight else self.teacher(images).float()
-            loss = training_loss(logits, labels, config, twin)
-        self.stepper.zero_grad()
-        self.accelerator.backward(loss)
-        if config.clip_grad_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
+        loss, logits = self._gradients(network, images, labels)
+        if self.procedure.looks_ahead:
+            with looked_ahead(self.optimizer):
+                self._gradients(network, images, labels)
         self.stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+        self.procedure.after_step_(self.model, self.state.epoch * self.steps + self.state.step + 1)
         return loss.item(), int((logits.argmax(1) == labels).sum())
 
-    def _sum_up(self, loss: float, correct: int, seen: int, stop: bool) -> tuple[float, int, int, bool]:
-        """Return mean loss and counts over all processes, and whether any has seen Ctrl-C: they must stop together."""
-        if self.processes == 1:
-            return loss, correct, seen, stop
-        device = cast(torch.device, self.accelerator.device)
-        totals = torch.tensor([loss * seen, correct, seen, stop], dtype=torch.float64, device=device)
-        dist.all_reduce(totals)
-        loss_sum, correct_sum, seen_sum, stops = totals.tolist()
-        return loss_sum / seen_sum, int(correct_sum), int(seen_sum), stops > 0
+    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of a batch in the parameters; return loss and logits."""
+        config = self.config
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            with self.procedure.watching(self.model):
+                logits = network(images).float()
+            with torch.no_grad():
+                twin = None if self.teacher is None or not config.distill_weight else self.teacher(images).float()
+            loss = self.procedure.loss(training_loss(logits, labels, config, twin), self.model, images, labels)
+        self.stepper.zero_grad()
+        self.accelerator.backward(loss)
+        if config.clip_grad_norm:
+            parameters = [*self.model.parameters(), *self.procedure.parameters()]
+            self.accelerator.clip_grad_norm_(parameters, config.clip_grad_norm)
+        return loss, logits
 
     def _report(self, begin: float, resumed_at: int, val: Metrics | None = None) -> None:
         if self.on_step is None or not self.accelerator.is_main_process:
@@ -289,7 +287,6 @@ class _Run:
         if self.accelerator.is_main_process:
             # Metrics first: were they second, a run killed in between would end without its last row.
             write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.state.history))
-            settings = dataclasses.asdict(self.config)
             path = self.out / "checkpoint.pt"
-            save_checkpoint(path, self.state, settings, optimizer=self.optimizer, **self.models)
+            save_checkpoint(path, self.state, self.settings, optimizer=self.optimizer, **self.models)
         self.accelerator.wait_for_everyone()
