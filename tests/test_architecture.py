@@ -11,7 +11,8 @@ SOURCE = Path(wnq.__file__).parent
 RANKS = [
     {"ste", "files", "layers", "environment", "names"},
     {"quantizer"},
-    {"normalizers", "learned_step", "packing", "bases"},
+    {"normalizers", "starting", "packing", "bases"},
+    {"learned_step"},
     {"normalized", "activations"},
     {"methods", "prepared"},
     {"plan"},

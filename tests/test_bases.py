@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from wnq.bases import (
-    StartsFromData,
     as_rows,
     from_rows,
     ladder,
@@ -111,15 +110,3 @@ def test_autocast_does_not_round_the_equations():
         actual = normal_equations(signs, rows)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert expected[0][0, 0, 0] == 1025
-
-
-def test_state_that_starts_from_data_says_so_until_it_has():
-    first, second = StartsFromData(), StartsFromData()
-    with pytest.raises(RuntimeError, match="calibrate_"):
-        first.check_ready()
-    first.mark_ready_()
-    first.check_ready()
-    second.load_state_dict(first.state_dict())
-    assert second._ready  # known before a compiled step could ask
-    second.load_state_dict(StartsFromData().state_dict())
-    assert not second.ready

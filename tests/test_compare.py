@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -394,6 +395,17 @@ def test_stages_may_not_choose_the_method() -> None:
             make(recipe=recipe_from({**TABLES, "stages": [stage]}))
 
 
+def test_stages_are_the_methods_not_the_float_networks(data: Dataset, tmp_path: Path) -> None:
+    recipe = recipe_from({**TABLES, "stages": [{"quantize": {"options": {"w_bits": 4}}}, {"train": {"epochs": 2}}]})
+    results = compare(make("wnq", recipe=recipe), tmp_path, data=data)
+    assert set(states(results).values()) == {"done"}
+    assert not (tmp_path / "float-s0" / "stage1").exists()
+    first = json.loads((tmp_path / "wnq-w2a2-s0" / "stage1" / "plan.json").read_text())
+    last = json.loads((tmp_path / "wnq-w2a2-s0" / "plan.json").read_text())
+    assert [plan["layers"][1]["options"]["w_bits"] for plan in (first, last)] == [4, 2]
+    assert any("in the recipe's 2 stages" in note for note in results["notes"])
+
+
 def test_float_starts_can_have_their_own_training(data: Dataset, tmp_path: Path) -> None:
     comparison = make("wnq", float_train=TrainConfig(epochs=3, batch_size=25, distill_weight=0.5))
     results = compare(comparison, tmp_path, data=data)
@@ -608,14 +620,16 @@ def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
 
 
 def children(parent: int) -> list[int]:
+    """Return the workers that a process has started."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            worker = b"wnq.compare.worker" in (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(path.parent.name))
+        if int(fields[1]) == parent and fields[0] != "Z" and worker:
+            found.append(int(folder.name))
     return found
 
 
@@ -672,7 +686,10 @@ def test_workers_come_to_the_same_and_one_that_dies_costs_its_cell_only(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_raises")  # what ignores it hands that down to what it starts
 def test_workers_stop_on_ctrl_c_with_their_state_saved(tmp_path: Path) -> None:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("finding the workers needs /proc")
     process = start(tmp_path, "--workers", "2", "--seeds", "1", "--set", "train.epochs=100000", "--epochs-float", "1")
     try:
         wait_for((tmp_path / "c" / "wnq-w2a2-s0" / "metrics.jsonl").exists, process)
@@ -691,6 +708,7 @@ def test_workers_stop_on_ctrl_c_with_their_state_saved(tmp_path: Path) -> None:
     assert "--workers 2" in last
     assert last.endswith("--set train.epochs=100000")
     assert (tmp_path / "c" / "wnq-w2a2-s0" / "checkpoint.pt").exists()
+    assert workers
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
@@ -722,3 +740,14 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_guides_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
+    recipe, code = (re.search(rf"```{kind}\n(.*?)```", page, re.S)[1] for kind in ("toml", "python"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.toml").write_text(recipe.replace("epochs = 20", "epochs = 1"))
+    exec(compile(code.replace("(0, 1, 2)", "(0,)"), "compare", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 4

@@ -110,7 +110,7 @@ def test_its_own_factor_the_common_option_and_plain_straight_through():
     assert wnq.get_method("ewgs", ewgs=0.02).weight(w, 0).ewgs == 0.02
     assert wnq.get_method("ewgs", ewgs=0.02, a_bits=2).input().ewgs == 0.02
     gradients = []
-    for quantizer in (wnq.get_method("ewgs", ewgs=1e-30).weight(w, 0), wnq.get_method("ewgs").weight(w, 0)):
+    for quantizer in (wnq.get_method("ewgs", ewgs=0).weight(w, 0), wnq.get_method("ewgs").weight(w, 0)):
         if gradients:
             quantizer.ewgs = 0.0
         x = w.clone().requires_grad_()

@@ -53,7 +53,7 @@ def test_running_range_equals_numpy():
 
 def test_a_constant_input_is_kept_and_a_fresh_range_is_refused():
     quantizer = RunningRange(8)
-    with pytest.raises(RuntimeError, match="no range yet"):
+    with pytest.raises(RuntimeError, match="not met any data"):
         quantizer(torch.ones(2, 2))
     quantizer.observe_(torch.full((2, 2), 3.0))
     assert torch.allclose(quantizer(torch.full((2, 2), 3.0)), torch.tensor(3.0))

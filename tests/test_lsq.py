@@ -1,5 +1,7 @@
 """LSQ against NumPy typed from its equations, and its fast backward pass against the definition."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,22 @@ def test_method_keeps_the_laws(bits, law):
 def test_one_bit_is_refused():
     with pytest.raises(ValueError, match=r"w_bits must be an integer from 2 to 8 \(or 32 for float weights\), got 1"):
         wnq.get_method("lsq", w_bits=1)
+
+
+@pytest.mark.parametrize("name", ["lsq", "lsqplus"])
+def test_a_step_carried_past_zero_is_read_as_its_magnitude(name):
+    quantizer = wnq.get_method(name, a_bits=3).input()
+    x = torch.linspace(0, 2, 50).reshape(5, 10)
+    quantizer.observe_(x)
+    with torch.no_grad():
+        quantizer.step.fill_(-0.05)
+    y = quantizer(x)
+    assert torch.equal(y, quantizer.quantize(x).dequantize())
+    assert bool((y.diff() >= 0).all()), "a negative step would turn the order of the values round"
+    twin = copy.deepcopy(quantizer)
+    with torch.no_grad():
+        twin.step.fill_(0.05)
+    assert torch.equal(y, twin(x))
+    y.square().sum().backward()
+    twin(x).square().sum().backward()
+    assert quantizer.step.grad.item() == -twin.step.grad.item()

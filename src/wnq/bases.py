@@ -5,12 +5,12 @@ is their inner product. Tensors are handled as rows here, ``(1, n)`` for a whole
 statistic a layer and one a channel are the same code.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wnq.quantizer import Quantized, Quantizer
+from wnq.quantizer import Quantized
 
 
 class Ladder(NamedTuple):
@@ -121,39 +121,3 @@ def least_squares(gram: Tensor, moment: Tensor, ridge: float | Tensor, prior: Te
     if prior is not None:
         moment = moment + ridge * prior.to(gram.dtype)
     return torch.linalg.solve_ex(damped, moment.unsqueeze(-1)).result.squeeze(-1)
-
-
-class StartsFromData(Quantizer):
-    """An input quantizer whose state starts at the first batch that :meth:`observe_` sees."""
-
-    initialized: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether it has met its first batch."""
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.initialized)
-        return self._ready
-
-    def mark_ready_(self) -> None:
-        """The state has its starting values now."""
-        self.initialized.fill_(True)
-        self._ready = True
-
-    def check_ready(self) -> None:
-        """Raise ``RuntimeError`` before the first batch."""
-        if not self.ready:
-            raise RuntimeError(
-                "this quantizer has no levels yet: run one batch in training mode first, "
-                "or call wnq.calibrate_(model, batch)."
-            )
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # Now, not at the first use: that may be inside a compiled step, where the buffer cannot be read.
-        self._ready = not self.initialized.is_meta and bool(self.initialized)

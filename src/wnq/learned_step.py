@@ -4,13 +4,25 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
-from wnq.ste import grad_scale
+from wnq.quantizer import Quantized, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
+from wnq.ste import grad_scale, straight_through
 
 Bound = float | Tensor
+
+SMALLEST_STEP = 1e-12
+"""What a learned step of zero is read as."""
+
+
+def positive(step: Tensor) -> Tensor:
+    """Return the magnitude of a learned step, at least :data:`SMALLEST_STEP`, differentiably.
+
+    A large learning rate can carry a step past zero. Read as its magnitude it turns back there; held at a floor instead, it would
+    make the layer's output vanish, and a BatchNorm behind it would never let it return.
+    """
+    return straight_through(step.abs().clamp(min=SMALLEST_STEP), step.abs())
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ class RoundToStep(torch.autograd.Function):
         return grad_x, grad_step, None, None, None
 
 
-class LearnedStep(Quantizer):
+class LearnedStep(StartsFromData):
     r"""A learned step between equidistant levels; inputs are unsigned or signed as the first batch is.
 
     Forward: :math:`\hat v = s \cdot \mathrm{round}(\mathrm{clip}(v/s, -Q_n, Q_p))`.
@@ -84,32 +96,21 @@ class LearnedStep(Quantizer):
         S. K. Esser et al., Learned Step Size Quantization, arXiv:1902.08153, ICLR 2020, Eq. 1-5.
 
     Differences from the paper: whether activations are signed is decided from data instead of by layer; a first batch of
-    zeros starts the step at ``1 / Q_p``; N counts the features of one sample, so that batch size and number of processes do
-    not matter.
+    zeros starts the step at ``1 / Q_p``; a step that training carries past zero is read as its magnitude; N counts the
+    features of one sample, so that batch size and number of processes do not matter.
     """
 
     step: nn.Parameter
     offset: Tensor
-    initialized: Tensor
 
     def __init__(self, bits: int, *, is_weight: bool) -> None:
-        super().__init__()
+        super().__init__(is_weight=is_weight)
         self.bits = check_bits(
             bits, where="bits of a learned-step weight" if is_weight else "bits", low=2 if is_weight else 1
         )
-        self.is_weight = is_weight
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("offset", torch.tensor(float(2 ** (bits - 1)) if is_weight else 0.0))
-        self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False
         self._signed: bool | None = True if is_weight else None
-
-    @property
-    def ready(self) -> bool:
-        """Whether the step has its starting value."""
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.initialized)
-        return self._ready
 
     @property
     def signed(self) -> bool | None:
@@ -120,36 +121,16 @@ class LearnedStep(Quantizer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._ready = False
-        self._signed = True if self.is_weight else None
+        self._signed = True if self.is_weight else bool(self.offset > 0) if self.ready else None
 
-    @torch.no_grad()
-    def _start_(self, magnitude: Tensor, high: Tensor | float) -> None:
-        high = torch.as_tensor(high, dtype=magnitude.dtype, device=magnitude.device).clamp(min=1)
-        start = torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high)
-        self.step.data.copy_(start)
-        self.initialized.fill_(True)
-        self._ready = True
-
-    def reset_(self, x: Tensor) -> None:
-        """Start a weight's step from the weight."""
-        if self.is_weight:
-            self._start_(x.detach().abs().mean().to(compute_dtype(x)), float(2 ** (self.bits - 1) - 1))
-
-    @torch.no_grad()
-    def observe_(self, x: Tensor) -> None:
-        """Set step and sign from the first batch; later batches change nothing."""
-        if self.is_weight or self.ready:
-            return
-        exact = x.detach().to(compute_dtype(x))
-        magnitude = exact.abs().mean()
-        negative = (exact < 0).any().to(exact.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(magnitude)
-            magnitude /= dist.get_world_size()
-            dist.all_reduce(negative, op=dist.ReduceOp.MAX)
-        self.offset.copy_(negative * 2 ** (self.bits - 1))
-        self._start_(magnitude, 2**self.bits - 1 - self.offset.to(magnitude.dtype))
+    def start_(self, x: Tensor) -> None:
+        """Set the step and, for an input, the sign."""
+        magnitude = x.abs().mean()
+        if not self.is_weight:
+            magnitude = across_processes(magnitude)
+            self.offset.copy_(across_processes((x < 0).any().to(x.dtype), "max") * 2 ** (self.bits - 1))
+        high = (2**self.bits - 1 - self.offset.to(x.dtype)).clamp(min=1)
+        self.step.data.copy_(torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high))
 
     def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed is None:
@@ -157,26 +138,19 @@ class LearnedStep(Quantizer):
         low = -float(2 ** (self.bits - 1)) if self.signed else 0.0
         return low, low + 2**self.bits - 1
 
-    def _check_ready(self) -> None:
-        if not self.ready:
-            raise RuntimeError(
-                "this quantizer has no step yet: run one batch in training mode first, "
-                "or call wnq.calibrate_(model, batch)."
-            )
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the rounded values."""
-        self._check_ready()
+        self.check_ready()
         low, high = self._bounds()
         peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
         features = x.numel() if self.is_weight else math.prod(x.shape[1:])
-        step = grad_scale(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
+        step = grad_scale(positive(self.step.to(compute_dtype(x))), (max(1, features) * max(1, peak)) ** -0.5)
         return RoundToStep.apply(x, step, low, high, self.ewgs)  # pyright: ignore[reportReturnType]
 
     def encode(self, x: Tensor) -> Quantized:
         """Return codes, integer levels from -Qn to Qp, and the step."""
-        self._check_ready()
-        step = self.step.detach().to(x.dtype)
+        self.check_ready()
+        step = positive(self.step.detach().to(x.dtype))
         integers = torch.clamp(x / step, *self._bounds()).round()  # pyright: ignore[reportArgumentType, reportCallIssue]
         levels = torch.arange(2**self.bits, device=x.device, dtype=step.dtype) - self.offset
         return Quantized((integers + self.offset).to(torch.uint8), levels, step.clone(), self.axis)

@@ -79,7 +79,8 @@ def figure_of(content: dict[str, Any]) -> "Figure":
     axes.set_ylabel("accuracy after the last epoch (%)")
     recipe = content["comparison"]["recipe"]
     seeds = len(content["comparison"]["seeds"])
-    axes.set_title(f"{recipe['model']['name']} on {recipe['data']['name']}, mean ± std over {seeds} seeds", fontsize=10)
+    spread_text = f"mean ± std over {seeds} seeds" if seeds > 1 else "one seed"
+    axes.set_title(f"{recipe['model']['name']} on {recipe['data']['name']}, {spread_text}", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

@@ -1,14 +1,14 @@
 """ABC-Net: weights and inputs as linear combinations of shifted signs."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
-from wnq.bases import StartsFromData, as_rows, from_rows, ladder, least_squares, normal_equations
+from wnq.bases import as_rows, from_rows, ladder, least_squares, normal_equations
 from wnq.methods.registry import Method, register
 from wnq.normalizers import GRANULARITIES
 from wnq.quantizer import Quantized, Quantizer, along_axis, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 from wnq.ste import straight_through
 
 RIDGE = 1e-10
@@ -105,10 +105,7 @@ class BinaryActivations(StartsFromData):
         exact = x.detach().to(compute_dtype(x))
         sums = torch.stack([exact.mean(), exact.square().mean()])
         ends = torch.stack([-exact.amin(), exact.amax()])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        sums, ends = across_processes(sums), across_processes(ends, "max")
         deviation = (sums[1] - sums[0].square()).clamp(min=0).sqrt()
         mean = sums[0]
         below = torch.minimum(mean + ends[0], 2 * deviation)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
-from wnq.methods.lsqplus import StartsFromData
 from wnq.methods.registry import Method, Recommended, register
 from wnq.quantizer import Quantized, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 from wnq.ste import straight_through
 
 SMALLEST = 1e-8
@@ -48,14 +48,16 @@ class LearnedRange(StartsFromData):
 
     def start_(self, x: Tensor) -> None:
         """Start the range from the standard deviation, and the scale so that the size of the values is kept."""
-        deviation, magnitude = self.shared(x.std(correction=0)), self.shared(x.abs().mean())
+        deviation, magnitude = x.std(correction=0), x.abs().mean()
+        if not self.is_weight:
+            deviation, magnitude = across_processes(deviation), across_processes(magnitude)
         # A constant tensor has a deviation of zero, or of its mean's rounding error.
         varies = deviation > 1e-6 * magnitude
         if self.is_weight:
             reach = torch.where(varies, 3 * deviation, torch.where(magnitude > 0, magnitude, 1.0))
             low, high = -reach, reach
         else:
-            low = self.shared(x.amin(), torch.amin).clamp(max=0)
+            low = across_processes(x.amin(), "min").clamp(max=0)
             reach = 3 / math.sqrt(1 - 2 / math.pi) * deviation
             high = torch.where(varies, reach, low + torch.where(magnitude > 0, magnitude, 1.0))
         self.low.data.copy_(low)
@@ -114,8 +116,7 @@ def ewgs(w_bits: int = 3, a_bits: int = 3, *, activation: str = "ewgs") -> Metho
     Gradient: :math:`dL/dx_n = g\,(1 + \delta\,\mathrm{sign}(g)(x_n - x_q))` with :math:`g = dL/dx_q`; the rest is
     differentiated, so that :math:`dw_q/dw = 2|s|/(u - l)` inside the range at :math:`\delta = 0`.
 
-    :math:`\delta` is 1e-3 here. The common option ``ewgs`` replaces it where it is not 0; one too small to change a float, such as
-    1e-30, makes it the straight-through estimator.
+    :math:`\delta` is 1e-3 here. The common option ``ewgs`` replaces it; 0 makes it the straight-through estimator.
 
     Args:
         w_bits: width of the weights, 1 to 8, or 32.

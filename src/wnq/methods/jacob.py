@@ -1,18 +1,16 @@
 """Integer-arithmetic-only inference: affine ranges, of weights by their minimum and maximum, of inputs by running averages."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from wnq.activations import input_builder, register_input
 from wnq.methods.minmax import AffineRange
 from wnq.methods.registry import Method, register
-from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
+from wnq.quantizer import Quantized, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 
 
-class RunningRange(Quantizer):
+class RunningRange(StartsFromData):
     r"""Inputs on an affine grid over running averages of their minimum and maximum; zero is exact.
 
     :math:`S = (b - a)/(2^k - 1)`, :math:`Z = \mathrm{round}(-a/S)` and
@@ -41,38 +39,23 @@ class RunningRange(Quantizer):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.ones(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self._ready = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = False
-
-    def _check_ready(self) -> None:
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.steps > 0)
-            if not self._ready:
-                raise RuntimeError(
-                    "this quantizer has no range yet: run one batch in training mode first, "
-                    "or call wnq.calibrate_(model, batch)."
-                )
 
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:
         """Average minimum and maximum; the first batch sets them. All processes see the widest of their ranges."""
         exact = x.detach().to(torch.float32)
-        low, high = exact.amin().clamp(max=0), exact.amax().clamp(min=0)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(low, op=dist.ReduceOp.MIN)
-            dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        low = across_processes(exact.amin().clamp(max=0), "min")
+        high = across_processes(exact.amax().clamp(min=0), "max")
         share = torch.where(self.steps == 0, 1.0, self.momentum)
         self.low.lerp_(low, share)
         self.high.lerp_(high, share)
         self.steps += 1
+        self.mark_ready_()
 
     def _grid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return step and zero point."""
         top = 2**self.bits - 1
-        self._check_ready()
+        self.check_ready()
         step = (self.high.to(dtype) - self.low.to(dtype)) / top
         step = torch.where(step > 0, step, 1.0)
         return step, torch.round(-self.low.to(dtype) / step).clamp(0, top)

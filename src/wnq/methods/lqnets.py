@@ -5,9 +5,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wnq.activations import input_builder, register_input
-from wnq.bases import StartsFromData, as_rows, from_rows, ladder, least_squares, nearest, normal_equations, sign_table
+from wnq.bases import as_rows, from_rows, ladder, least_squares, nearest, normal_equations, sign_table
 from wnq.methods.registry import Method, register
 from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 
 MOMENTUM = 0.9
 """Share of the old basis that one training step keeps."""
@@ -130,10 +131,7 @@ class LearnedInputBasis(StartsFromData):
 
     def _start(self, rows: Tensor) -> Tensor:
         """Return the released code's start for a rectified Gaussian with the batch's mean square, then alternated."""
-        square = rows.square().mean()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(square)
-            square /= dist.get_world_size()
+        square = across_processes(rows.square().mean())
         spread = torch.where((square > 0) & square.isfinite(), 2 * square, 1.0).sqrt()
         basis = 2 * QUANTILE * spread * powers(self.bits, rows) / (2**self.bits - 1)
         for _ in range(START_STEPS):

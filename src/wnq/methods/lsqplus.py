@@ -1,17 +1,15 @@
 """LSQ+: LSQ with a learned offset for inputs, and starts that fit the tensor."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
-from wnq.learned_step import LearnedStep, RoundToStep
+from wnq.learned_step import LearnedStep, RoundToStep, positive
 from wnq.methods.registry import Method, register
-from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
+from wnq.quantizer import Quantized, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 from wnq.ste import grad_scale
 
 RANGES = 16
@@ -21,86 +19,17 @@ SAMPLE = 2**14
 """Most elements of the first batch that the search looks at, evenly spaced."""
 
 
-class StartsFromData(Quantizer):
-    """A quantizer whose parameters :meth:`start_` sets: from the weight, or once, from an input's first training batch.
-
-    Args:
-        is_weight: the tensor is a weight rather than an activation.
-    """
-
-    initialized: Tensor
-
-    def __init__(self, *, is_weight: bool) -> None:
-        super().__init__()
-        self.is_weight = is_weight
-        self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False
-
-    def start_(self, x: Tensor) -> None:
-        """Set the parameters from ``x``, which has :func:`wnq.quantizer.compute_dtype`."""
-        raise NotImplementedError
-
-    @property
-    def ready(self) -> bool:
-        """Whether the parameters have their starting values."""
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.initialized)
-        return self._ready
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = False
-
-    @torch.no_grad()
-    def _begin_(self, x: Tensor) -> None:
-        self.start_(x.detach().to(compute_dtype(x)))
-        self.initialized.fill_(True)
-        self._ready = True
-
-    def reset_(self, x: Tensor) -> None:
-        """Start a weight's parameters from the weight."""
-        if self.is_weight:
-            self._begin_(x)
-
-    def observe_(self, x: Tensor) -> None:
-        """Start an input's parameters from the first batch; later batches change nothing."""
-        if not self.is_weight and not self.ready:
-            self._begin_(x)
-
-    def check_ready(self) -> None:
-        """Raise ``RuntimeError`` if no tensor was seen yet."""
-        if not self.ready:
-            raise RuntimeError(
-                "this quantizer has no range yet: run one batch in training mode first, "
-                "or call wnq.calibrate_(model, batch)."
-            )
-
-    def shared(self, value: Tensor, reduce: Callable[[Tensor], Tensor] = torch.mean) -> Tensor:
-        """Return the mean (or ``torch.amax``, ``torch.amin``) over the processes of a distributed job of an input's statistic."""
-        if self.is_weight or not (dist.is_available() and dist.is_initialized()):
-            return value
-        if reduce is torch.mean:
-            dist.all_reduce(value)
-            return value / dist.get_world_size()
-        dist.all_reduce(value, op=dist.ReduceOp.MAX if reduce is torch.amax else dist.ReduceOp.MIN)
-        return value
-
-
 class WeightStep(LearnedStep):
     r"""LSQ's weight quantizer, the step starting at :math:`\max(|\mu - 3\sigma|, |\mu + 3\sigma|) / 2^{k-1}`."""
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, is_weight=True)
 
-    @torch.no_grad()
-    def reset_(self, x: Tensor) -> None:
-        """Start the step from mean and standard deviation of the weight."""
-        exact = x.detach().to(compute_dtype(x))
-        mean, deviation = exact.mean(), exact.std(correction=0)
+    def start_(self, x: Tensor) -> None:
+        """Set the step from mean and standard deviation of the weight."""
+        mean, deviation = x.mean(), x.std(correction=0)
         reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
         self.step.data.copy_(torch.where(reach > 0, reach / 2 ** (self.bits - 1), 1.0))
-        self.initialized.fill_(True)
-        self._ready = True
 
 
 class OffsetStep(StartsFromData):
@@ -119,7 +48,7 @@ class OffsetStep(StartsFromData):
     """
 
     def __init__(self, bits: int) -> None:
-        super().__init__(is_weight=False)
+        super().__init__()
         self.bits = check_bits(bits, where="bits")
         self.top = 2**bits - 1
         self.step = nn.Parameter(torch.ones(()))
@@ -127,8 +56,8 @@ class OffsetStep(StartsFromData):
 
     def start_(self, x: Tensor) -> None:
         """Search the range of least squared error."""
-        low, high = self.shared(x.amin(), torch.amin), self.shared(x.amax(), torch.amax)
-        centre = self.shared(x.mean())
+        low, high = across_processes(x.amin(), "min"), across_processes(x.amax(), "max")
+        centre = across_processes(x.mean())
         share = torch.arange(1, RANGES + 1, device=x.device, dtype=x.dtype) / RANGES
         lows, highs = centre + (low - centre) * share, centre + (high - centre) * share
         sample = x.flatten()[:: max(1, math.ceil(x.numel() / SAMPLE))]
@@ -137,7 +66,7 @@ class OffsetStep(StartsFromData):
             step = ((highs - start) / self.top).unsqueeze(1)
             codes = ((sample - start) / torch.where(step > 0, step, 1.0)).clamp(0, self.top).round()
             errors.append((codes * step + start - sample).square().mean(1))
-        best = self.shared(torch.cat(errors)).argmin()
+        best = across_processes(torch.cat(errors)).argmin()
         start, end = lows[best // RANGES], highs[best % RANGES]
         self.offset.data.copy_(start)
         self.step.data.copy_(torch.where(end > start, (end - start) / self.top, 1 / self.top))
@@ -147,7 +76,7 @@ class OffsetStep(StartsFromData):
         self.check_ready()
         exact = x.to(compute_dtype(x))
         factor = (max(1, math.prod(x.shape[1:])) * self.top) ** -0.5
-        step = grad_scale(self.step.to(exact.dtype), factor)
+        step = grad_scale(positive(self.step.to(exact.dtype)), factor)
         offset = grad_scale(self.offset.to(exact.dtype), factor)
         multiple: Tensor = RoundToStep.apply(exact - offset, step, 0.0, float(self.top), self.ewgs)  # pyright: ignore[reportAssignmentType]
         return (multiple + offset).to(x.dtype)
@@ -155,7 +84,7 @@ class OffsetStep(StartsFromData):
     def encode(self, x: Tensor) -> Quantized:
         """Return codes 0 to 2^bits - 1; the levels are the values themselves, multiples of the step plus the offset."""
         self.check_ready()
-        step, offset = self.step.detach().to(x.dtype), self.offset.detach().to(x.dtype)
+        step, offset = positive(self.step.detach().to(x.dtype)), self.offset.detach().to(x.dtype)
         codes = ((x - offset) / step).clamp(0, self.top).round()
         grid = torch.arange(self.top + 1, device=x.device, dtype=x.dtype)
         return Quantized(codes.to(torch.uint8), grid * step + offset, torch.ones((), dtype=x.dtype, device=x.device))

@@ -1,15 +1,13 @@
 """N2UQ: input thresholds at learned, unequal distances with equidistant outputs; weights scaled by their mean magnitude."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
 from wnq.methods.registry import Method, Recommended, register
 from wnq.methods.sawb import ClippedGrid
-from wnq.quantizer import Quantized, Quantizer, along_axis, check_bits, compute_dtype
+from wnq.quantizer import Quantized, along_axis, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 from wnq.ste import straight_through
 
 SMALLEST = 1e-3
@@ -43,7 +41,7 @@ class MeanClipped(ClippedGrid):
         return super().forward(straight_through(w, scaled)).to(x.dtype)
 
 
-class LearnedThresholds(Quantizer):
+class LearnedThresholds(StartsFromData):
     r"""Thresholds at learned distances, equidistant outputs: "nonuniform-to-uniform".
 
     With :math:`n = 2^k - 1`, learned :math:`a_1, \dots, a_n > 0`, ``start`` :math:`b_1`, scales :math:`\sigma` (in) and
@@ -80,7 +78,6 @@ class LearnedThresholds(Quantizer):
     scale_in: nn.Parameter
     scale_out: nn.Parameter
     offset: Tensor
-    initialized: Tensor
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -91,48 +88,29 @@ class LearnedThresholds(Quantizer):
         self.scale_in = nn.Parameter(torch.ones(()))
         self.scale_out = nn.Parameter(torch.ones(()))
         self.register_buffer("offset", torch.tensor(0.0))
-        self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether the range has its starting value."""
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.initialized)
-        return self._ready
 
     @property
     def signed(self) -> bool | None:
         """Whether negative values have levels; None before the first batch."""
         return bool(self.offset > 0) if self.ready else None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = False
-
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:
         """Set range and sign from the first batch; keep the intervals positive at every later one."""
-        if self.ready:
-            self.intervals.data.clamp_(min=SMALLEST)
-            return
-        exact = x.detach().to(compute_dtype(x))
-        magnitude = exact.abs().mean()
-        negative = (exact < 0).any().to(exact.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(magnitude)
-            magnitude /= dist.get_world_size()
-            dist.all_reduce(negative, op=dist.ReduceOp.MAX)
-        self.offset.copy_(negative * 2 ** (self.bits - 1))
-        high = (self.count - self.offset.to(exact.dtype)).clamp(min=1)
+        super().observe_(x)
+        self.intervals.data.clamp_(min=SMALLEST)
+
+    def start_(self, x: Tensor) -> None:
+        """Set range and sign."""
+        magnitude = across_processes(x.abs().mean())
+        self.offset.copy_(across_processes((x < 0).any().to(x.dtype), "max") * 2 ** (self.bits - 1))
+        high = (self.count - self.offset.to(x.dtype)).clamp(min=1)
         step = torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high)
         half = step * (self.count / 2)
         self.start.data.copy_(self.offset * (-2 / self.count))
         self.intervals.data.fill_(2 / self.count)
         self.scale_in.data.copy_(1 / half)
         self.scale_out.data.copy_(half)
-        self.initialized.fill_(True)
-        self._ready = True
 
     def _edges(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the intervals and the edges between segments, one more."""
@@ -148,16 +126,9 @@ class LearnedThresholds(Quantizer):
     def _step(self, x: Tensor) -> Tensor:
         return self.scale_out.to(x.dtype) * (2 / self.count)
 
-    def _check_ready(self) -> None:
-        if not self.ready:
-            raise RuntimeError(
-                "this quantizer has no range yet: run one batch in training mode first, "
-                "or call wnq.calibrate_(model, batch)."
-            )
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the values."""
-        self._check_ready()
+        self.check_ready()
         exact = x.to(compute_dtype(x))
         z = (exact * self.scale_in.to(exact.dtype)).contiguous()
         intervals, edges = self._edges(z)
@@ -175,7 +146,7 @@ class LearnedThresholds(Quantizer):
 
     def encode(self, x: Tensor) -> Quantized:
         """Return codes, consecutive integer levels and the distance between outputs."""
-        self._check_ready()
+        self.check_ready()
         z = (x.detach() * self.scale_in.detach().to(x.dtype)).contiguous()
         codes = self._place(z, *self._edges(z)) // 2
         levels = torch.arange(self.count + 1, device=x.device, dtype=x.dtype) - self.offset.to(x.dtype)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
-from wnq.methods.lsqplus import StartsFromData
 from wnq.methods.registry import Method, Recommended, register
 from wnq.quantizer import Quantized, check_bits, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 from wnq.ste import straight_through
 
 SCALES = ("one", "clip")
@@ -52,7 +52,8 @@ class Interval(StartsFromData):
 
     def start_(self, x: Tensor) -> None:
         """Start the interval at [0, largest magnitude]."""
-        largest = self.shared((x.abs() if self.is_weight else x).amax(), torch.amax)
+        largest = (x.abs() if self.is_weight else x).amax()
+        largest = largest if self.is_weight else across_processes(largest, "max")
         half = torch.where(largest > 0, largest / 2, 0.5)
         self.centre.data.copy_(half)
         self.halfwidth.data.copy_(half)

@@ -28,12 +28,12 @@ OutputBuilder = Callable[[nn.Module], nn.Module]
 
 Raises ``ValueError`` for a kind of layer that it does not fit."""
 
-COMMON: Mapping[str, Any] = MappingProxyType({"normalize": "none", "normalize_gain": 1.0, "ewgs": 0.0})
+COMMON: Mapping[str, Any] = MappingProxyType({"normalize": "none", "normalize_gain": 1.0, "ewgs": None})
 """Options of every method, with their defaults.
 
 ``normalize``: a normalizer in front of the weight quantizer, see :class:`wnq.normalized.Preceded`. ``normalize_gain``: share
 of the gradient through its maximum that is kept. ``ewgs``: element-wise gradient scaling of every rounding of weights and
-inputs, see :func:`wnq.ste.elementwise_scaled`; 0 is the straight-through estimator.
+inputs, see :func:`wnq.ste.elementwise_scaled`; 0 is the straight-through estimator, None what the method's paper has.
 """
 
 
@@ -217,7 +217,7 @@ def _with_common(method: Method, info: MethodInfo, options: Mapping[str, Any]) -
     normalize, gain, ewgs = (options[name] for name in COMMON)
     if normalize not in NORMALIZERS:
         raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZERS))}, got {normalize!r}.")
-    for name, value in (("normalize_gain", gain), ("ewgs", ewgs)):
+    for name, value in (("normalize_gain", gain), ("ewgs", 0 if ewgs is None else ewgs)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
     weight, build_input = method.weight, method.input
@@ -225,7 +225,7 @@ def _with_common(method: Method, info: MethodInfo, options: Mapping[str, Any]) -
         raise ValueError(f"method {info.name!r} takes no normalizer in front: {info.no_normalizer}.")
     if normalize != "none" and weight is not None:
         method = replace(method, weight=functools.partial(_preceded, weight, normalize, float(gain)))
-    if ewgs:
+    if ewgs is not None:
         if method.weight is not None:
             method = replace(method, weight=functools.partial(_scaled, method.weight, float(ewgs)))
         if build_input is not None:

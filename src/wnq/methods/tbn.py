@@ -1,18 +1,16 @@
 """TBN: ternary inputs and binary weights."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from wnq.activations import input_builder, register_input
 from wnq.methods.bwn import ScaledSign
 from wnq.methods.registry import Method, register
-from wnq.quantizer import Quantized, Quantizer, compute_dtype
+from wnq.quantizer import Quantized, compute_dtype
+from wnq.starting import StartsFromData, across_processes
 
 
-class TernaryInput(Quantizer):
+class TernaryInput(StartsFromData):
     r"""Three values an input: :math:`\mathrm{sign}(x)\,1_{|x| \ge \Delta}`, :math:`\Delta = \delta\,E|x|`.
 
     Gradient: :math:`1_{|x| \le 1}`.
@@ -28,7 +26,6 @@ class TernaryInput(Quantizer):
     bits = 2
     signed = True
     mean: Tensor
-    initialized: Tensor
 
     def __init__(self, delta: float = 0.4, momentum: float = 0.1) -> None:
         super().__init__()
@@ -39,27 +36,11 @@ class TernaryInput(Quantizer):
         self.delta = delta
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether the threshold has a value."""
-        if not self._ready and not torch.compiler.is_compiling():
-            self._ready = bool(self.initialized)
-        return self._ready
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = False
 
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:
         """Bring the batch's mean absolute value into the average."""
-        batch = x.detach().to(compute_dtype(x)).abs().mean().to(self.mean.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(batch)
-            batch /= dist.get_world_size()
+        batch = across_processes(x.detach().to(compute_dtype(x)).abs().mean().to(self.mean.dtype))
         moved = torch.where(self.initialized, torch.lerp(self.mean, batch, self.momentum), batch)
         finite = torch.isfinite(batch)
         self.mean.copy_(torch.where(finite, moved, self.mean))
@@ -67,11 +48,7 @@ class TernaryInput(Quantizer):
         self._ready = True
 
     def _ternary(self, x: Tensor) -> Tensor:
-        if not self.ready:
-            raise RuntimeError(
-                "this quantizer has no threshold yet: run one batch in training mode first, "
-                "or call wnq.calibrate_(model, batch)."
-            )
+        self.check_ready()
         return x.sign() * (x.abs() >= self.delta * self.mean.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
