@@ -21,13 +21,13 @@ def sign(_=None):
     return input_builder("sign", 1)()
 
 
-@pytest.mark.parametrize("make", [weight, sign], ids=["weight", "input"])
-def test_sign_with_hardtanhs_gradient(make):
+@pytest.mark.parametrize(("make", "zero"), [(weight, 1.0), (sign, -1.0)], ids=["weight", "input"])
+def test_sign_with_hardtanhs_gradient(make, zero):
     x = torch.tensor([[0.0, -0.2, 1.0], [-1.0, 1.001, -3.0]], requires_grad=True)
     g = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     y = make(x.detach())(x)
     y.backward(g)
-    assert y.tolist() == [[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]]
+    assert y.tolist() == [[zero, -1.0, 1.0], [-1.0, 1.0, -1.0]]
     assert x.grad.tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
 
 
@@ -52,12 +52,13 @@ def test_ewgs_scales_inside_the_window_only():
 
 
 def test_the_input_is_signed_and_one_bit_wide():
-    model = nn.Sequential(nn.Linear(3, 4))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
     plan = wnq.make_plan(model, wnq.get_method("bnn"), first_last_bits=None)
     wnq.quantize_(model, plan)
     assert wnq.get_plan(model)["0"].a_bits == 1
     assert model[0].input_quantizer.signed is True
-    y = model(torch.tensor([[0.5, -0.1, -7.0]])) - model[0].bias
+    y = model(torch.tensor([[0.5, -0.1, -7.0]]))
     assert torch.equal(y, torch.tensor([[1.0, -1.0, -1.0]]) @ model[0].weight.T)
 
 
@@ -114,3 +115,8 @@ def test_bad_options_are_explained():
         wnq.get_method("bnn", a_bits=2)
     with pytest.raises(ValueError, match="takes no normalizer in front: its values have no scale"):
         wnq.get_method("bnn", normalize="tanh")
+
+
+def test_behind_a_relu_the_sign_tells_active_from_inactive():
+    x = torch.tensor([-2.0, 0.5, 0.0, 3.0]).relu()
+    assert sign()(x).tolist() == [-1.0, 1.0, -1.0, 1.0]
