@@ -38,6 +38,13 @@ def test_the_guides_exceptions_run():
     assert {layer.method.w_bits for layer in names["plan"].layers} == {2, 4, 8}
 
 
+def test_the_guides_methods_and_folding_run():
+    names = {"wnq": wnq, "torch": torch}
+    for code in blocks("docs/guide.md")[2:4]:
+        exec(compile(code, "guide", "exec"), names)
+    assert names["pairs"] and not any(isinstance(m, torch.nn.BatchNorm2d) for m in names["model"].modules())
+
+
 def test_the_format_pages_reader_reads_a_file(tmp_path):
     names = {}
     exec(compile(blocks("docs/format.md")[0], "format", "exec"), names)
