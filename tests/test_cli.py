@@ -121,6 +121,8 @@ def test_methods(wnq) -> None:
     assert "arXiv:1907.00593" in good(wnq("methods"))
     rows = json.loads(good(wnq("methods", "--json")))["methods"]
     assert next(row for row in rows if row["name"] == "wnq")["options"]["max_gain"] == 1.0
+    assert next(row for row in rows if row["name"] == "twn")["w_bits"] == [2]
+    assert "weight_decay x 0.25 at 2 bits" in good(wnq("methods", "lsq"))
     page = good(wnq("methods", "wnq"))
     assert "Differences from the paper" in page
     assert "max_gain" in page

@@ -7,13 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wnq.activations import list_inputs, register_input
     from wnq.analysis import LayerStats, collect_evidence, layer_stats, weight_stats
     from wnq.artifact import ArtifactError, SizeReport, inspect_file, load, save, unpack_file
     from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
     from wnq.data import load_data
+    from wnq.folding import batchnorm_pairs, fold_batchnorm_, merge_batchnorm_
     from wnq.methods import Method, get_method, list_methods, register
     from wnq.metrics import evaluate
     from wnq.models import build_model, list_models
+    from wnq.normalizers import normalize_
     from wnq.plan import Plan, make_plan
     from wnq.plan_table import format_plan
     from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, Uniform
@@ -24,13 +27,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "activations": ("list_inputs", "register_input"),
     "analysis": ("LayerStats", "collect_evidence", "layer_stats", "weight_stats"),
     "artifact": ("ArtifactError", "SizeReport", "inspect_file", "load", "save", "unpack_file"),
     "attach": ("calibrate_", "freeze_", "get_plan", "input_signs", "param_groups", "quantize_", "quantized_layers"),
     "data": ("load_data",),
     "metrics": ("evaluate",),
+    "folding": ("batchnorm_pairs", "fold_batchnorm_", "merge_batchnorm_"),
     "methods": ("Method", "get_method", "list_methods", "register"),
     "models": ("build_model", "list_models"),
+    "normalizers": ("normalize_",),
     "plan": ("Plan", "make_plan"),
     "plan_table": ("format_plan",),
     "quantizer": ("CodebookQuantizer", "Quantized", "Quantizer", "Uniform"),
@@ -51,11 +57,13 @@ __all__ = [
     "SizeReport",
     "TrainConfig",
     "Uniform",
+    "batchnorm_pairs",
     "build_model",
     "calibrate_",
     "collect_evidence",
     "evaluate",
     "fit",
+    "fold_batchnorm_",
     "format_plan",
     "freeze_",
     "get_method",
@@ -63,6 +71,7 @@ __all__ = [
     "input_signs",
     "inspect_file",
     "layer_stats",
+    "list_inputs",
     "list_methods",
     "list_models",
     "load",
@@ -70,10 +79,13 @@ __all__ = [
     "load_recipe",
     "load_run",
     "make_plan",
+    "merge_batchnorm_",
+    "normalize_",
     "param_groups",
     "quantize_",
     "quantized_layers",
     "register",
+    "register_input",
     "run_recipe",
     "save",
     "unpack_file",

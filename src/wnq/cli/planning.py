@@ -21,7 +21,7 @@ from wnq.cli.options import (
 from wnq.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from wnq.methods import MethodInfo
+    from wnq.methods import MethodInfo, Recommended
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +48,8 @@ def methods(
         docstring = inspect.getdoc(info.function) or ""
         screen.say(f"{info.name}  {info.paper}\n\n{docstring}\n")
         screen.table([{"option": key, "default": str(value)} for key, value in info.options.items()])
+        if info.recommended.source:
+            screen.say(f"Recommended training settings, which wnq compare applies: {_recommended(info.recommended)}.")
         return {**_described(info), "docstring": docstring}
     described = [_described(info) for info in list_methods()]
     shown = [
@@ -82,6 +84,18 @@ def _described(info: "MethodInfo") -> dict[str, Any]:
         "recommended": vars(info.recommended) | {"weight_decay_at": dict(info.recommended.weight_decay_at)},
         "no_normalizer": info.no_normalizer,
     }
+
+
+def _recommended(settings: "Recommended") -> str:
+    """Return the factors that are not those of the recipe itself, and where they are from."""
+    plain = type(settings)()
+    changed = [
+        f"{name} x {value:g}"
+        for name in ("lr", "weight_decay", "quantizer_lr", "quantizer_weight_decay")
+        if (value := getattr(settings, name)) != getattr(plain, name)
+    ]
+    changed += [f"weight_decay x {value:g} at {bits} bits" for bits, value in settings.weight_decay_at.items()]
+    return f"{', '.join(changed)} ({settings.source})"
 
 
 def _ranges(widths: Sequence[int]) -> str:
