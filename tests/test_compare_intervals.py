@@ -149,3 +149,18 @@ def test_a_method_that_diverged_stands_behind_whatever_its_other_seeds_say() -> 
     assert accuracy_text(rows["lucky"]) == "99.00 ± 0.00 (2 of 3; 1 diverged)"
     assert accuracy_text(rows["none"]) == "1 failed, 2 not run"
     assert rows["lucky"]["drop"] == pytest.approx(-4)
+
+
+def test_seeds_that_happen_to_agree_leave_the_resolution() -> None:
+    # One image of 359 apart, on every seed: without the floor the interval would have no width at all.
+    image = 100 / 359
+    first, second = [image, 2 * image, 3 * image], [0.0, image, 2 * image]
+    assert not paired_interval(first, second).holds_zero
+    interval = paired_interval(first, second, resolution=image)
+    assert interval.holds_zero
+    assert interval.high - interval.low == pytest.approx(2 * stats.t.ppf(0.975, 2) * image / math.sqrt(18))
+    # Where the seeds spread, the floor changes nothing.
+    wide = [0.0, 5.0, -3.0]
+    assert paired_interval(wide, second, resolution=image) == paired_interval(wide, second)
+    constant = welch_interval([image, image], [0.0, 0.0], resolution=image)
+    assert constant.high - constant.low == pytest.approx(2 * stats.t.ppf(0.975, 2) * image / math.sqrt(12))

@@ -33,8 +33,14 @@ class Interval:
         return self.low <= 0 <= self.high
 
 
-def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+def paired_interval(first: Sequence[float], second: Sequence[float], *, resolution: float = 0.0) -> Interval:
     """Return the paired t interval of mean(first) - mean(second); the values of one seed stand at one place.
+
+    Args:
+        first: one value a seed.
+        second: one value a seed.
+        resolution: the distance between neighbouring values, which are rounded to it: a variance below that of this rounding,
+            resolution^2 / 12 a value, cannot be seen, and is taken for it. A few seeds that happen to agree prove nothing.
 
     Raises:
         ValueError: not as many of one as of the other, or fewer than two.
@@ -43,12 +49,17 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval
         raise ValueError(f"a paired interval needs two pairs or more, got {len(first)} and {len(second)} values.")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     count = len(differences)
-    error = float(differences.std(ddof=1)) / math.sqrt(count)
-    return _around(float(differences.mean()), error, count - 1, f"paired t, {count} seeds")
+    variance = max(float(differences.var(ddof=1)), resolution**2 / 6)
+    return _around(float(differences.mean()), math.sqrt(variance / count), count - 1, f"paired t, {count} seeds")
 
 
-def welch_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+def welch_interval(first: Sequence[float], second: Sequence[float], *, resolution: float = 0.0) -> Interval:
     """Return Welch's interval of mean(first) - mean(second), for independent values of unequal spread.
+
+    Args:
+        first: one value a seed.
+        second: one value a seed.
+        resolution: as for :func:`paired_interval`.
 
     Raises:
         ValueError: fewer than two values of either.
@@ -56,7 +67,7 @@ def welch_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     if min(len(first), len(second)) < 2:
         raise ValueError(f"Welch's interval needs two values of each, got {len(first)} and {len(second)}.")
     x, y = (np.asarray(values, dtype=np.float64) for values in (first, second))
-    u, v = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
+    u, v = (max(float(values.var(ddof=1)), resolution**2 / 12) / len(values) for values in (x, y))
     # Two constants: any number of degrees of freedom gives the interval without width.
     freedom = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1)) if u + v > 0 else 1.0
     return _around(float(x.mean() - y.mean()), math.sqrt(u + v), freedom, f"Welch, {len(x)} and {len(y)} seeds")

@@ -9,9 +9,9 @@ from wnq.compare.outcome import Outcomes
 
 RANKS = (
     "Ranks: within one width, by mean accuracy. “Behind the best” is the best mean minus this one's, with its 95 % interval: "
-    "paired t over the common seeds from three on, else Welch's. Where the interval holds 0 the spread over seeds cannot tell "
-    "the two apart, and both are marked with the rank 1=. The intervals are about other seeds, not about other images, and are not "
-    "corrected for the number of methods."
+    "paired t over the common seeds from three on, else Welch's, with at least the variance of accuracies rounded to one image. "
+    "Where the interval holds 0 the spread over seeds cannot tell the two apart, and both are marked with the rank 1=. The "
+    "intervals are about other seeds, not about other images, and are not corrected for the number of methods."
 )
 ONE_SEED = "No ranks: with one seed there is no interval, and the order within a width may be chance."
 

@@ -47,7 +47,8 @@ def table_rows(comparison: Comparison, outcomes: Outcomes) -> list[dict[str, Any
     for asked in comparison.widths:
         group = [_row(comparison, outcomes, contender.label, asked) for contender in comparison.contenders]
         group.sort(key=lambda row: (row["mean"] is None, row["diverged"] > 0, -(row["mean"] or 0.0)))
-        _rank(group)
+        images = [outcome.images for _, outcome in outcomes.values() if outcome.images]
+        _rank(group, 100 / min(images) if images else 0.0)
         rows += group
     return rows
 
@@ -93,10 +94,10 @@ def _row(comparison: Comparison, outcomes: Outcomes, label: str, asked: Width | 
     }
 
 
-def _rank(group: list[dict[str, Any]]) -> None:
+def _rank(group: list[dict[str, Any]], resolution: float) -> None:
     """Rank the rows of one width, in place: place by mean, and the first place shared by all that the spread cannot tell apart.
 
-    One seed says nothing of the spread: then there are no ranks.
+    One seed says nothing of the spread: then there are no ranks. ``resolution`` is one evaluation image, in percent.
     """
     able = [row for row in group if row["mean"] is not None and not row["diverged"]]
     if not able or able[0]["std"] is None:
@@ -104,7 +105,7 @@ def _rank(group: list[dict[str, Any]]) -> None:
     best, *others = able
     best.update(rank=1, behind=0.0)
     for row in others:
-        interval = difference(best["accuracies"], row["accuracies"])
+        interval = difference(best["accuracies"], row["accuracies"], resolution)
         row["behind"] = best["mean"] - row["mean"] if interval is None else interval.difference
         if interval is None:
             continue
@@ -116,17 +117,18 @@ def _rank(group: list[dict[str, Any]]) -> None:
             row["rank"] = 1 + sum(other["mean"] > row["mean"] for other in able)
 
 
-def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Interval | None:
+def difference(first: Mapping[int, float], second: Mapping[int, float], resolution: float = 0.0) -> Interval | None:
     """Return the interval of the difference of two methods' means over seeds: paired over three common seeds or more.
 
     None if one of them has fewer than two seeds.
     """
     common = sorted(first.keys() & second.keys())
     if len(common) >= PAIRED_SEEDS:
-        return paired_interval([first[seed] for seed in common], [second[seed] for seed in common])
+        pairs = [first[seed] for seed in common], [second[seed] for seed in common]
+        return paired_interval(*pairs, resolution=resolution)
     if min(len(first), len(second)) < 2:
         return None
-    return welch_interval(list(first.values()), list(second.values()))
+    return welch_interval(list(first.values()), list(second.values()), resolution=resolution)
 
 
 def rank_text(row: Mapping[str, Any]) -> str:
