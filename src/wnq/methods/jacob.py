@@ -116,6 +116,7 @@ def jacob(w_bits: int = 8, a_bits: int = 8, *, granularity: str = "tensor", acti
 
     Differences from the paper: the weights' range is the plain minimum and maximum, without the tweak that keeps 8-bit
     weights off -128 for one ARM instruction; rounding starts at once (``RunningRange(delay=...)`` delays it); biases stay float.
+    The equations are the standard affine ones, re-derived, not checked against the paper's numbering.
     """
     AffineRange(w_bits, granularity)
     return Method(
