@@ -4,7 +4,9 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,18 @@ def test_docstring_examples(name):
 def test_the_methods_page_has_an_example():
     finder = doctest.DocTestFinder()
     assert any(test.examples for test in finder.find(sys.modules["wnq.methods.wnq"]))
+
+
+def test_the_contributing_guides_quantizer_is_a_method_that_keeps_the_laws(tmp_path):
+    # In a process of its own: a registry forgets nothing.
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(re.findall(r"^   ```python\n(.*?)^   ```", page, re.M | re.S)[0])
+    (tmp_path / "mine.py").write_text(code)
+    check = (
+        "import mine; from wnq.methods import get_method, list_methods; from wnq.testing import LAWS, METHOD_LAWS\n"
+        "assert 'mine' in [info.name for info in list_methods()]\n"
+        "[law(lambda x: get_method('mine', w_bits=2).weight(x, 0)) for law in LAWS[:-1]]\n"
+        "[law(get_method('mine')) for law in METHOD_LAWS]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
