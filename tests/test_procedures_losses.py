@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wnq import get_method, make_plan, quantize_
 from wnq.data import Batches, Dataset, load_data
+from wnq.methods import lrnet
 from wnq.models import build_model
 from wnq.procedures import Procedure, get_procedure
 from wnq.procedures.distribution import DistributionLoss, distribution_terms
@@ -254,3 +255,31 @@ def test_guided_options_and_models_are_checked(data: Dataset):
     with pytest.raises(ValueError, match="no hidden quantized layer; name some"):
         get_procedure("guided").start_(make_model(), make_model())
     assert isinstance(get_procedure("guided"), Procedure)
+
+
+# LR-Net's regularizer
+
+
+def test_probability_decay_adds_the_weighted_term_and_keeps_ternary_weights_random():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    quantize_(model, make_plan(model, get_method("lrnet", w_bits=2), first_last_bits=None))
+    procedure = get_procedure("probability_decay", weight=0.5)
+    procedure.start_(model)
+    images, labels = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    task = nn.functional.cross_entropy(model(images), labels)
+    before = lrnet.probability_decay(model)
+    assert procedure.loss(task, model, images, labels).item() == pytest.approx(task.item() + 0.5 * before.item())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        procedure.loss(torch.zeros(()), model, images, labels).backward()
+        optimizer.step()
+    assert lrnet.probability_decay(model) < before, "the logits move toward even odds"
+
+
+def test_probability_decay_needs_the_method():
+    with pytest.raises(ValueError, match="no layer to train by method 'lrnet'"):
+        get_procedure("probability_decay").start_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="weight"):
+        get_procedure("probability_decay", weight=-1.0)

@@ -82,8 +82,11 @@ class Quantizer(nn.Module):
         """Return the quantized values of ``x``. No side effects: reading ``layer.weight`` calls this."""
         exact = x.to(compute_dtype(x))
         quantized = self.encode(exact.detach())
-        book = quantized.codebook
-        return self.pass_through(quantized.dequantize(), exact, book.amax() - book.amin()).to(x.dtype)
+        span = 1.0
+        if self.ewgs:
+            book = quantized.codebook
+            span = book.amax() - book.amin()
+        return self.pass_through(quantized.dequantize(), exact, span).to(x.dtype)
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> Quantized:
