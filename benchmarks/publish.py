@@ -3,7 +3,8 @@
     python benchmarks/publish.py runs/compare-digits digits_methods [--hardware TAG] [--gate W2A2=4]
 
 A gate is the largest drop against the float network, in points, that a method at a width should have; the table then ends with
-who meets it. The script gives ``benchmarks/results/<theme>_<hardware>_<yyyymm>.{json,md,svg}``. The month is that of the comparison.
+who meets it. The script gives ``benchmarks/results/<theme>_<hardware>_<yyyymm>.{json,md,svg}``, with the month of the
+comparison.
 """
 
 import argparse

@@ -30,8 +30,8 @@ def test_a_published_comparison_is_whole_and_names_no_local_folder(path):
     assert results["environment"]["torch"] and results["cells"] and results["comparison"]["recipe"]
     assert path.with_suffix(".md").exists() and path.with_suffix(".svg").exists()
     for cell in results["cells"]:
-        assert cell["state"] != "done" or cell["environment"]["cpu"]
-        assert cell["recipe"]["data"]["folder"] is None
+        if cell["state"] == "done":
+            assert cell["environment"]["cpu"] and cell["recipe"]["data"]["folder"] is None
 
     def texts(value):
         if isinstance(value, dict):
