@@ -1,6 +1,8 @@
 """A normalizer in front of any method, and in front of any layer: laws, values, and the gradient through the maximum."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -251,3 +253,10 @@ def test_half_precision_weights_keep_their_type():
 def test_bad_layers_and_names_are_explained(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_all_input_quantizers_are_known_from_the_start():
+    # In a fresh process: the papers' input quantizers register themselves when the methods are imported.
+    code = "import wnq; print(' '.join(info.name for info in wnq.list_inputs()))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"clip", "hwgq", "lqnets", "lsq", "pact", "qil", "sign"} <= set(names)

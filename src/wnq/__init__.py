@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wnq.activations import list_inputs, register_input
+    from wnq.activations import register_input
     from wnq.analysis import LayerStats, collect_evidence, layer_stats, weight_stats
     from wnq.artifact import ArtifactError, SizeReport, inspect_file, load, save, unpack_file
     from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
     from wnq.data import load_data
     from wnq.folding import batchnorm_pairs, fold_batchnorm_, merge_batchnorm_
-    from wnq.methods import Method, get_method, list_methods, register
+    from wnq.methods import Method, get_method, list_inputs, list_methods, register
     from wnq.metrics import evaluate
     from wnq.models import build_model, list_models
     from wnq.normalizers import normalize_
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "activations": ("list_inputs", "register_input"),
+    "activations": ("register_input",),
     "analysis": ("LayerStats", "collect_evidence", "layer_stats", "weight_stats"),
     "artifact": ("ArtifactError", "SizeReport", "inspect_file", "load", "save", "unpack_file"),
     "attach": ("calibrate_", "freeze_", "get_plan", "input_signs", "param_groups", "quantize_", "quantized_layers"),
     "data": ("load_data",),
     "metrics": ("evaluate",),
     "folding": ("batchnorm_pairs", "fold_batchnorm_", "merge_batchnorm_"),
-    "methods": ("Method", "get_method", "list_methods", "register"),
+    "methods": ("Method", "get_method", "list_inputs", "list_methods", "register"),
     "models": ("build_model", "list_models"),
     "normalizers": ("normalize_",),
     "plan": ("Plan", "make_plan"),
