@@ -12,6 +12,9 @@ from torch import Tensor
 
 from wnq.quantizer import Quantized
 
+RIDGE = 1e-10
+"""Of :func:`best_coefficients`, a share of the number of elements; it only decides where signs depend on each other."""
+
 
 class Ladder(NamedTuple):
     """Levels in ascending order, and the way between a pattern's number and its code.
@@ -121,3 +124,8 @@ def least_squares(gram: Tensor, moment: Tensor, ridge: float | Tensor, prior: Te
     if prior is not None:
         moment = moment + ridge * prior.to(gram.dtype)
     return torch.linalg.solve_ex(damped, moment.unsqueeze(-1)).result.squeeze(-1)
+
+
+def best_coefficients(signs: Tensor, rows: Tensor) -> Tensor:
+    """Return the coefficients ``(rows, count)`` with which signs ``(rows, n, count)`` fit ``rows`` best."""
+    return least_squares(*normal_equations(signs, rows), RIDGE * rows.shape[-1]).to(rows.dtype)

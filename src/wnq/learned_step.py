@@ -25,6 +25,11 @@ def positive(step: Tensor) -> Tensor:
     return straight_through(step.abs().clamp(min=SMALLEST_STEP), step.abs())
 
 
+def starting_step(magnitude: Tensor, high: Tensor) -> Tensor:
+    r"""Return :math:`2\,\mathrm{mean}|v| / \sqrt{Q_p}`, or :math:`1/Q_p` where the mean is zero."""
+    return torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high)
+
+
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two tensors of one shape, accumulated in float32 at least; one BLAS pass where their layouts agree."""
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
@@ -130,7 +135,7 @@ class LearnedStep(StartsFromData):
             magnitude = across_processes(magnitude)
             self.offset.copy_(across_processes((x < 0).any().to(x.dtype), "max") * 2 ** (self.bits - 1))
         high = (2**self.bits - 1 - self.offset.to(x.dtype)).clamp(min=1)
-        self.step.data.copy_(torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high))
+        self.step.data.copy_(starting_step(magnitude, high))
 
     def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed is None:

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from wnq.normalizers import GRANULARITIES, Normalizer, named_normalizer, reduced_dims
+from wnq.names import check_choice
+from wnq.normalizers import Normalizer, check_granularity, named_normalizer, reduced_dims
 from wnq.quantizer import Quantized, Quantizer, Uniform, compute_dtype
 from wnq.ste import straight_through
 
@@ -38,14 +39,10 @@ class Normalized(Quantizer):
         axis: int = 0,
     ) -> None:
         super().__init__()
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}.")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
         self.normalize = normalize
         self.quantizer = quantizer
-        self.scale = scale
-        self.granularity = granularity
+        self.scale = check_choice(scale, SCALES, where="scale")
+        self.granularity = check_granularity(granularity)
         self.axis = axis
         self.bits = quantizer.bits
         self.gain: nn.Parameter | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wnq.names import did_you_mean
+from wnq.names import check_choice, did_you_mean
 from wnq.quantizer import compute_dtype
 from wnq.ste import grad_scale
 
@@ -19,6 +19,11 @@ Normalizer = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """``(w, axis) -> (u, scale)``; ``scale`` broadcasts against ``w``. ``axis`` counts only for per-channel ones."""
 
 GRANULARITIES = ("tensor", "channel")
+
+
+def check_granularity(granularity: str) -> str:
+    """Return ``granularity`` if it is one of :data:`GRANULARITIES`, else raise ``ValueError``."""
+    return check_choice(granularity, GRANULARITIES, where="granularity")
 
 
 def reduced_dims(w: Tensor, granularity: str, axis: int) -> list[int]:

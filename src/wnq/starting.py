@@ -1,6 +1,7 @@
 """Quantizers whose state starts from what they meet: a weight, or an input's first training batch."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -9,16 +10,26 @@ from torch import Tensor
 from wnq.quantizer import Quantizer, compute_dtype
 
 
-def across_processes(value: Tensor, reduce: str = "mean") -> Tensor:
-    """Return the ``"mean"``, ``"max"`` or ``"min"`` of a statistic over the processes of a job, if it has several."""
+def across_processes(value: Tensor, reduce: Literal["mean", "sum", "max", "min"] = "mean") -> Tensor:
+    """Return the mean, sum, maximum or minimum of a statistic over the processes of a job, if it has several."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     value = value.clone()
-    if reduce == "mean":
-        dist.all_reduce(value)
-        return value / dist.get_world_size()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX if reduce == "max" else dist.ReduceOp.MIN)
-    return value
+    operations = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+    dist.all_reduce(value, op=operations.get(reduce, dist.ReduceOp.SUM))
+    return value / dist.get_world_size() if reduce == "mean" else value
+
+
+def started(build: Callable[[], Quantizer]) -> Callable[[Tensor, int], Quantizer]:
+    """Return a builder of weight quantizers: on the weight's device, along its axis, with a state set from the weight."""
+
+    def build_for(weight: Tensor, axis: int) -> Quantizer:
+        quantizer = build().to(weight.device)
+        quantizer.axis = axis
+        quantizer.reset_(weight)
+        return quantizer
+
+    return build_for
 
 
 class StartsFromData(Quantizer):

@@ -4,15 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
-from wnq.bases import as_rows, from_rows, ladder, least_squares, normal_equations
+from wnq.bases import as_rows, best_coefficients, from_rows, ladder
 from wnq.methods.registry import Method, register
-from wnq.normalizers import GRANULARITIES
+from wnq.normalizers import check_granularity
 from wnq.quantizer import Quantized, Quantizer, along_axis, check_bits, compute_dtype
 from wnq.starting import StartsFromData, across_processes
 from wnq.ste import straight_through
-
-RIDGE = 1e-10
-"""Share of the number of weights; it only decides where signs depend on each other."""
 
 
 def nested_table(count: int, like: Tensor) -> Tensor:
@@ -37,9 +34,7 @@ class BinaryBases(Quantizer):
     def __init__(self, bits: int, granularity: str = "tensor", axis: int = 0) -> None:
         super().__init__()
         self.bits = check_bits(bits, where="w_bits")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
-        self.granularity = granularity
+        self.granularity = check_granularity(granularity)
         self.axis = axis
 
     def _fit(self, w: Tensor) -> tuple[Quantized, Tensor]:
@@ -50,7 +45,7 @@ class BinaryBases(Quantizer):
         shifts = torch.linspace(-1, 1, self.bits, dtype=w.dtype, device=w.device) if self.bits > 1 else w.new_zeros(1)
         positive = centred.unsqueeze(-1) + (shifts * deviation).unsqueeze(1) >= 0
         signs = torch.where(positive, 1.0, -1.0).to(w.dtype)
-        alpha = least_squares(*normal_equations(signs, rows), RIDGE * rows.shape[-1]).to(w.dtype)
+        alpha = best_coefficients(signs, rows)
         steps = ladder(nested_table(self.bits, w), alpha)
         return from_rows(steps.codes(positive.sum(-1)), steps.levels, w, self.granularity, self.axis), alpha
 
@@ -97,14 +92,10 @@ class BinaryActivations(StartsFromData):
         self.shift = nn.Parameter(torch.zeros(bits))
         self.beta = nn.Parameter(torch.full((bits,), 1 / bits))
 
-    @torch.no_grad()
-    def observe_(self, x: Tensor) -> None:
-        """Start from the first batch; later batches change nothing."""
-        if self.ready:
-            return
-        exact = x.detach().to(compute_dtype(x))
-        sums = torch.stack([exact.mean(), exact.square().mean()])
-        ends = torch.stack([-exact.amin(), exact.amax()])
+    def start_(self, x: Tensor) -> None:
+        """Set the staircase."""
+        sums = torch.stack([x.mean(), x.square().mean()])
+        ends = torch.stack([-x.amin(), x.amax()])
         sums, ends = across_processes(sums), across_processes(ends, "max")
         deviation = (sums[1] - sums[0].square()).clamp(min=0).sqrt()
         mean = sums[0]
@@ -113,11 +104,10 @@ class BinaryActivations(StartsFromData):
         constant = below + above <= 0
         below, above = torch.where(constant, 0.5, below), torch.where(constant, 0.5, above)
         # Half steps of a staircase from the low end over the mean to the high end: thresholds in the middle of each step.
-        place = torch.linspace(-1, 1, 2 * self.bits + 1, dtype=exact.dtype, device=x.device)
+        place = torch.linspace(-1, 1, 2 * self.bits + 1, dtype=x.dtype, device=x.device)
         corner = mean + place * torch.where(place > 0, above, below)
         self.shift.copy_(0.5 - corner[1::2])
         self.beta.copy_(corner[::2].diff() / 2)
-        self.mark_ready_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the combination of binary activations."""

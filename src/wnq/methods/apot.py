@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from wnq.activations import input_builder, register_input
 from wnq.methods.registry import Method, Recommended, register
 from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
+from wnq.starting import started
 from wnq.ste import straight_through
 
 SMALLEST = 1e-8
@@ -218,18 +219,16 @@ def apot(
     """
     AdditivePowers(w_bits, signed=True, start=start)
 
-    def build(weight: Tensor, axis: int) -> StandardizedPowers:
-        quantizer = StandardizedPowers(
+    def build() -> StandardizedPowers:
+        return StandardizedPowers(
             w_bits,
             attach_statistics=attach_statistics,
             clip_gradient=clip_gradient,
             scale_back=scale_back,
             start=start,
-        ).to(weight.device)
-        quantizer.axis = axis
-        return quantizer
+        )
 
-    return Method(weight=build, input=input_builder(activation, a_bits))
+    return Method(weight=started(build), input=input_builder(activation, a_bits))
 
 
 register_input(

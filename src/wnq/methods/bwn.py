@@ -5,6 +5,7 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.methods.registry import Method, register
+from wnq.names import check_choice
 from wnq.normalizers import reduced_dims
 from wnq.quantizer import Quantized, Quantizer, compute_dtype
 from wnq.ste import straight_through
@@ -25,11 +26,9 @@ class ScaledSign(Quantizer):
 
     def __init__(self, granularity: str, axis: int = 0, gradient: str = "identity") -> None:
         super().__init__()
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
         self.granularity = granularity
         self.axis = axis
-        self.gradient = gradient
+        self.gradient = check_choice(gradient, GRADIENTS, where="gradient")
 
     def _scale(self, w: Tensor) -> Tensor:
         """Mean absolute value, ``()`` or broadcastable per channel."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.methods.registry import Method, register
-from wnq.normalizers import GRANULARITIES, reduced_dims
+from wnq.normalizers import check_granularity, reduced_dims
 from wnq.quantizer import Quantized, Quantizer
 
 ITERATIONS = 10
@@ -93,8 +93,7 @@ def elbnn(
     """
     if top not in (2, 4):
         raise ValueError(f"top must be 2 or 4, got {top!r}.")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
+    check_granularity(granularity)
     positive = {1: (1,), 2: (1,), 3: (1, 2, 4) if top == 4 else (1, 2)}[w_bits]
     integers = (*(-q for q in reversed(positive)), *(() if w_bits == 1 else (0,)), *positive)
     return Method(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from wnq.activations import input_builder, register_input
 from wnq.methods.registry import Method, Recommended, register
 from wnq.quantizer import Quantized, check_bits, compute_dtype
-from wnq.starting import StartsFromData, across_processes
+from wnq.starting import StartsFromData, across_processes, started
 from wnq.ste import straight_through
 
 SMALLEST = 1e-8
@@ -138,14 +138,7 @@ def ewgs(w_bits: int = 3, a_bits: int = 3, *, activation: str = "ewgs") -> Metho
     not where the layer's output does; a bias is not scaled. An input range that starts below zero is shifted to begin at zero, as
     in the authors' code. The ranges' optimizer is the recipe's.
     """
-
-    def build(weight: Tensor, axis: int) -> LearnedRange:
-        quantizer = LearnedRange(w_bits, is_weight=True).to(weight.device)
-        quantizer.axis = axis
-        quantizer.reset_(weight)
-        return quantizer
-
-    return Method(weight=build, input=input_builder(activation, a_bits))
+    return Method(weight=started(lambda: LearnedRange(w_bits, is_weight=True)), input=input_builder(activation, a_bits))
 
 
 register_input("ewgs", lambda bits: LearnedRange(bits, is_weight=False), paper="arXiv:2104.00903")

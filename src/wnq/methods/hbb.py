@@ -16,9 +16,10 @@ class MixedBinary(Quantizer):
         bits: width of the stored code, 3 to 8: weights of ``bits - 2`` and of ``bits - 1`` signs have
             :math:`2^{bits-2} + 2^{bits-1}` levels together.
         share: part of the weights that owns ``bits - 1`` signs, 0 to 1.
+        axis: output-channel dimension.
     """
 
-    def __init__(self, bits: int, share: float) -> None:
+    def __init__(self, bits: int, share: float, axis: int = 0) -> None:
         super().__init__()
         self.bits = check_bits(bits, where="w_bits", low=3)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -27,6 +28,7 @@ class MixedBinary(Quantizer):
                 f"got {share!r}. For an average of b bits a weight, set it to b - {bits - 2}."
             )
         self.share = float(share)
+        self.axis = axis
 
     @property
     def average_bits(self) -> float:
@@ -98,10 +100,4 @@ def hbb(w_bits: int = 3, a_bits: int = 32, *, share: float = 0.4, activation: st
     the mask, ties by their order in memory, so the share is exact. The gradient has no window. Inputs are not binarized.
     """
     MixedBinary(w_bits, share)
-    return Method(weight=lambda _, axis: _built(w_bits, share, axis), input=input_builder(activation, a_bits))
-
-
-def _built(bits: int, share: float, axis: int) -> MixedBinary:
-    quantizer = MixedBinary(bits, share)
-    quantizer.axis = axis
-    return quantizer
+    return Method(weight=lambda _, axis: MixedBinary(w_bits, share, axis), input=input_builder(activation, a_bits))

@@ -10,6 +10,7 @@ from torch import Tensor
 from wnq.activations import input_builder, register_input
 from wnq.methods.bwn import ScaledSign
 from wnq.methods.registry import Method, register
+from wnq.names import check_choice
 from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
 
 BACKWARDS = ("clipped", "vanilla", "log_tailed")
@@ -93,10 +94,8 @@ class HalfWaveGaussian(Quantizer):
     def __init__(self, bits: int, *, uniform: bool = True, backward: str = "clipped") -> None:
         super().__init__()
         self.bits = check_bits(bits, where="bits")
-        if backward not in BACKWARDS:
-            raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}, got {backward!r}.")
         self.uniform = uniform
-        self.backward = backward
+        self.backward = check_choice(backward, BACKWARDS, where="backward")
         self.count = 2**bits - 1
         self.step = optimal_step(bits) if uniform else 1.0
         self.grid = tuple(map(float, range(1, self.count + 1))) if uniform else optimal_levels(bits)

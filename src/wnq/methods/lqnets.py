@@ -1,7 +1,6 @@
 """LQ-Nets: levels from a learned basis, for weights and inputs."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from wnq.activations import input_builder, register_input
@@ -45,9 +44,8 @@ def refit(basis: Tensor, rows: Tensor, low: float, ridge: float, *, shared: bool
     signs = table[steps.order].gather(1, codes.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
     gram, moment = normal_equations(signs, rows)
     count = torch.full((1, 1), float(rows.shape[-1]), dtype=gram.dtype, device=gram.device)
-    if shared and dist.is_available() and dist.is_initialized():
-        parts = torch.cat([gram.flatten(), moment.flatten(), count.flatten()])
-        dist.all_reduce(parts)
+    if shared:
+        parts = across_processes(torch.cat([gram.flatten(), moment.flatten(), count.flatten()]), "sum")
         flat_gram, flat_moment, flat_count = parts.split([gram.numel(), moment.numel(), 1])
         gram, moment, count = flat_gram.view_as(gram), flat_moment.view_as(moment), flat_count.view_as(count)
     fitted = least_squares(gram, moment, ridge * count, basis).to(basis.dtype)

@@ -51,14 +51,16 @@ class CategoricalWeight(Quantizer):
     Args:
         weight: the layer's weight.
         bits: 1 binary, 2 ternary.
+        axis: output-channel dimension.
     """
 
     kappa: Tensor
     shift: Tensor
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int, axis: int = 0) -> None:
         super().__init__()
         self.bits = bits
+        self.axis = axis
         like = weight.detach().to(compute_dtype(weight))
         self.register_buffer("kappa", torch.ones_like(like.sum()))
         self.register_buffer("shift", torch.zeros_like(like))
@@ -254,10 +256,8 @@ def lrnet(w_bits: int = 2, a_bits: int = 32, *, activation: str = "lsq") -> Meth
     function that the training loop has to call. An embedding has no sum to sample: it trains its most probable values, straight
     through.
     """
-
-    def build(weight: Tensor, axis: int) -> CategoricalWeight:
-        quantizer = CategoricalWeight(weight, w_bits)
-        quantizer.axis = axis
-        return quantizer
-
-    return Method(weight=build, input=input_builder(activation, a_bits), output=lambda _: SampledOutput())
+    return Method(
+        weight=lambda weight, axis: CategoricalWeight(weight, w_bits, axis),
+        input=input_builder(activation, a_bits),
+        output=lambda _: SampledOutput(),
+    )

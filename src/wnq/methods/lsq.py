@@ -1,10 +1,9 @@
 """LSQ: a learned step for weights and inputs."""
 
-from torch import Tensor
-
 from wnq.activations import input_builder
 from wnq.learned_step import LearnedStep
 from wnq.methods.registry import Method, Recommended, register
+from wnq.starting import started
 
 
 @register(
@@ -37,11 +36,4 @@ def lsq(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsq") -> Method:
 
     Differences from the paper: see :class:`wnq.learned_step.LearnedStep`.
     """
-
-    def build(weight: Tensor, axis: int) -> LearnedStep:
-        quantizer = LearnedStep(w_bits, is_weight=True).to(weight.device)
-        quantizer.axis = axis
-        quantizer.reset_(weight)
-        return quantizer
-
-    return Method(weight=build, input=input_builder(activation, a_bits))
+    return Method(weight=started(lambda: LearnedStep(w_bits, is_weight=True)), input=input_builder(activation, a_bits))

@@ -9,7 +9,7 @@ from wnq.activations import input_builder, register_input
 from wnq.learned_step import LearnedStep, RoundToStep, positive
 from wnq.methods.registry import Method, register
 from wnq.quantizer import Quantized, check_bits, compute_dtype
-from wnq.starting import StartsFromData, across_processes
+from wnq.starting import StartsFromData, across_processes, started
 from wnq.ste import grad_scale
 
 RANGES = 16
@@ -120,14 +120,7 @@ def lsqplus(w_bits: int = 3, a_bits: int = 3, *, activation: str = "lsqplus") ->
     squared error is searched on a grid of 256 ranges instead of by gradient descent. N counts the features of one sample, as in
     :class:`wnq.learned_step.LearnedStep`.
     """
-
-    def build(weight: Tensor, axis: int) -> WeightStep:
-        quantizer = WeightStep(w_bits).to(weight.device)
-        quantizer.axis = axis
-        quantizer.reset_(weight)
-        return quantizer
-
-    return Method(weight=build, input=input_builder(activation, a_bits))
+    return Method(weight=started(lambda: WeightStep(w_bits)), input=input_builder(activation, a_bits))
 
 
 register_input("lsqplus", OffsetStep, paper="arXiv:2004.09576")

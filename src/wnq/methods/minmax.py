@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.methods.registry import Method, register
-from wnq.normalizers import GRANULARITIES, reduced_dims
+from wnq.normalizers import check_granularity, reduced_dims
 from wnq.quantizer import Quantized, Quantizer, check_bits, compute_dtype
 
 
@@ -22,9 +22,7 @@ class AffineRange(Quantizer):
         )
         self.symmetric = symmetric
         self.top = 2**bits - 1 - symmetric
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
-        self.granularity = granularity
+        self.granularity = check_granularity(granularity)
         self.axis = axis
 
     def _parts(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
+from wnq.learned_step import starting_step
 from wnq.methods.registry import Method, Recommended, register
 from wnq.methods.sawb import ClippedGrid
 from wnq.quantizer import Quantized, along_axis, check_bits, compute_dtype
@@ -105,8 +106,7 @@ class LearnedThresholds(StartsFromData):
         magnitude = across_processes(x.abs().mean())
         self.offset.copy_(across_processes((x < 0).any().to(x.dtype), "max") * 2 ** (self.bits - 1))
         high = (self.count - self.offset.to(x.dtype)).clamp(min=1)
-        step = torch.where(magnitude > 0, 2 * magnitude / high.sqrt(), 1 / high)
-        half = step * (self.count / 2)
+        half = starting_step(magnitude, high) * (self.count / 2)
         self.start.data.copy_(self.offset * (-2 / self.count))
         self.intervals.data.fill_(2 / self.count)
         self.scale_in.data.copy_(1 / half)

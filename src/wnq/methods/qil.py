@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from wnq.activations import input_builder, register_input
 from wnq.methods.registry import Method, Recommended, register
+from wnq.names import check_choice
 from wnq.quantizer import Quantized, check_bits, compute_dtype
-from wnq.starting import StartsFromData, across_processes
+from wnq.starting import StartsFromData, across_processes, started
 from wnq.ste import straight_through
 
 SCALES = ("one", "clip")
@@ -40,12 +41,10 @@ class Interval(StartsFromData):
     def __init__(self, bits: int, *, is_weight: bool, learn_gamma: bool = False, scale: str = "one") -> None:
         super().__init__(is_weight=is_weight)
         self.bits = check_bits(bits, where="bits", low=2 if is_weight else 1)
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}.")
         self.top = 2 ** (bits - 1) - 1 if is_weight else 2**bits - 1
         self.bottom = -self.top if is_weight else 0
         self.signed = is_weight
-        self.scale = scale
+        self.scale = check_choice(scale, SCALES, where="scale")
         self.centre = nn.Parameter(torch.tensor(0.5))
         self.halfwidth = nn.Parameter(torch.tensor(0.5))
         self.gamma = nn.Parameter(torch.ones(())) if learn_gamma else None
@@ -151,14 +150,10 @@ def qil(
     0 without gradient, d stays at least 1e-8 and gamma 0.1. Progressive widths are the recipe's matter.
     """
     Interval(w_bits, is_weight=True, scale=scale)
-
-    def build(weight: Tensor, axis: int) -> Interval:
-        quantizer = Interval(w_bits, is_weight=True, learn_gamma=learn_gamma, scale=scale).to(weight.device)
-        quantizer.axis = axis
-        quantizer.reset_(weight)
-        return quantizer
-
-    return Method(weight=build, input=input_builder(activation, a_bits))
+    return Method(
+        weight=started(lambda: Interval(w_bits, is_weight=True, learn_gamma=learn_gamma, scale=scale)),
+        input=input_builder(activation, a_bits),
+    )
 
 
 register_input("qil", lambda bits: Interval(bits, is_weight=False), paper="arXiv:1808.05779")

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wnq.names import did_you_mean
+from wnq.names import check_choice
 from wnq.normalized import Preceded
 from wnq.normalizers import NORMALIZERS
 from wnq.quantizer import FLOAT_BITS, Quantizer
+from wnq.registered import Registered, find, new_signature
 
 WeightBuilder = Callable[[Tensor, int], Quantizer]
 """``(weight, output-channel axis) -> quantizer``, with learned parameters already set from the weight."""
@@ -96,7 +97,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class MethodInfo:
+class MethodInfo(Registered[Method]):
     """What the registry knows of a method.
 
     Attributes:
@@ -108,9 +109,6 @@ class MethodInfo:
         no_normalizer: why no normalizer may stand in front of it; empty if one may.
     """
 
-    name: str
-    paper: str
-    function: Callable[..., Method]
     widths: tuple[int, ...] = tuple(range(1, 9))
     recommended: Recommended = field(default_factory=Recommended)
     no_normalizer: str = ""
@@ -122,21 +120,7 @@ class MethodInfo:
         Raises:
             ValueError: unknown name, with the closest ones.
         """
-        if name not in _REGISTRY:
-            raise ValueError(
-                f"unknown method {name!r}.{did_you_mean(name, _REGISTRY, most=3)} Available: {', '.join(_REGISTRY)}."
-            )
-        return _REGISTRY[name]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Every option with its default."""
-        return {name: p.default for name, p in inspect.signature(self.function).parameters.items()}
-
-    @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return (inspect.getdoc(self.function) or "").splitlines()[0]
+        return find("method", name, _REGISTRY)
 
 
 _REGISTRY: dict[str, MethodInfo] = {}
@@ -166,11 +150,7 @@ def register(
 
     def decorate(function: Callable[..., Method]) -> Callable[..., Method]:
         name = function.__name__
-        if name in _REGISTRY:
-            raise ValueError(f"method {name!r} is registered already; a method's name must be unique.")
-        own = inspect.signature(function)
-        if missing := [n for n, p in own.parameters.items() if p.default is p.empty]:
-            raise ValueError(f"method {name!r}: parameters {missing} need defaults, so that a name alone builds it.")
+        own = new_signature("method", function, _REGISTRY)
         if absent := [n for n in ("w_bits", "a_bits") if n not in own.parameters]:
             raise ValueError(f"method {name!r} must take {' and '.join(absent)}, as all methods do.")
         added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in COMMON.items()]
@@ -215,8 +195,7 @@ def listed(widths: Sequence[int]) -> str:
 def _with_common(method: Method, info: MethodInfo, options: Mapping[str, Any]) -> Method:
     """Carry out the options of :data:`COMMON`."""
     normalize, gain, ewgs = (options[name] for name in COMMON)
-    if normalize not in NORMALIZERS:
-        raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZERS))}, got {normalize!r}.")
+    check_choice(normalize, NORMALIZERS, where="normalize")
     for name, value in (("normalize_gain", gain), ("ewgs", 0 if ewgs is None else ewgs)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
@@ -251,13 +230,7 @@ def get_method(name: str, **options: Any) -> Method:
     Raises:
         ValueError: unknown method or option (with the closest names), or a value out of range.
     """
-    info = MethodInfo.of(name)
-    accepted = info.options
-    for option in options:
-        if option not in accepted:
-            hint = did_you_mean(option, accepted)
-            raise ValueError(f"method {name!r} has no option {option!r}.{hint} It takes: {', '.join(accepted)}.")
-    return info.function(**options)
+    return MethodInfo.of(name).build("method", options)
 
 
 def _rebuild(name: str, options: dict[str, Any]) -> Method:

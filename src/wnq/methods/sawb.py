@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.methods.registry import Method, Recommended, register
-from wnq.normalizers import GRANULARITIES, reduced_dims
+from wnq.normalizers import check_granularity, reduced_dims
 from wnq.quantizer import Quantized, Quantizer, Uniform, along_axis, compute_dtype
 
 COEFFICIENTS = {
@@ -35,11 +35,9 @@ class ClippedGrid(Quantizer):
 
     def __init__(self, bits: int, grid: str, granularity: str, axis: int = 0) -> None:
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
+        self.granularity = check_granularity(granularity)
         self.grid = Uniform(bits, grid)
         self.bits = bits
-        self.granularity = granularity
         self.axis = axis
 
     def clip(self, w: Tensor) -> Tensor:

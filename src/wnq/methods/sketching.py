@@ -4,12 +4,9 @@ import torch
 from torch import Tensor
 
 from wnq.activations import input_builder
-from wnq.bases import as_rows, from_rows, ladder, least_squares, normal_equations, pattern_numbers, sign_table
+from wnq.bases import as_rows, best_coefficients, from_rows, ladder, pattern_numbers, sign_table
 from wnq.methods.registry import Method, register
 from wnq.quantizer import Quantized, Quantizer, check_bits
-
-RIDGE = 1e-10
-"""Share of the number of weights in a filter; it only decides where signs depend on each other."""
 
 
 class Sketch(Quantizer):
@@ -37,7 +34,7 @@ class Sketch(Quantizer):
             sign = torch.where(residual >= 0, 1.0, -1.0).to(x.dtype)
             signs = torch.cat([signs, sign.unsqueeze(-1)], dim=-1)
             if self.refined and j > 0:  # the mean magnitude is the fit of a single sign
-                coefficients = least_squares(*normal_equations(signs, rows), RIDGE * rows.shape[-1]).to(x.dtype)
+                coefficients = best_coefficients(signs, rows)
                 residual = rows - (signs * coefficients.unsqueeze(1)).sum(-1)
             else:
                 scale = residual.abs().mean(-1, keepdim=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wnq.activations import input_builder
 from wnq.methods.registry import Method, register
-from wnq.normalizers import GRANULARITIES, reduced_dims
+from wnq.normalizers import check_granularity, reduced_dims
 from wnq.quantizer import Quantized, Quantizer, compute_dtype
 
 
@@ -85,8 +85,7 @@ def twn(
     """
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, got {threshold!r}.")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}.")
+    check_granularity(granularity)
     return Method(
         weight=lambda _, axis: ThresholdTernary(threshold, granularity, axis), input=input_builder(activation, a_bits)
     )

@@ -1,7 +1,7 @@
 """ADMM: float weights, their nearest quantized ones, and a multiplier that pulls the two together."""
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from wnq.attach import quantized_layers
 from wnq.prepared import float_weight
-from wnq.procedures.procedure import Procedure
+from wnq.procedures.procedure import Procedure, hooked
 from wnq.procedures.registry import check_flag, check_number, register_procedure
 from wnq.quantizer import Quantizer
 
@@ -50,15 +50,9 @@ class ADMM(Procedure):
         for index, (_, quantizer, weight) in enumerate(_trained(model)):
             yield quantizer, weight, getattr(self, f"projected_{index}"), getattr(self, f"multiplier_{index}")
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
+    def watching(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Let the float weights through."""
-        handles = [quantizer.register_forward_hook(_unrounded) for _, quantizer, _ in _trained(model)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked(quantizer.register_forward_hook(_unrounded) for _, quantizer, _ in _trained(model))
 
     def loss(self, loss: Tensor, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         r"""Add :math:`\frac{\rho}{2} \sum_l \lVert W_l - G_l + \Lambda_l \rVert^2`."""

@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import math
-from collections.abc import Generator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wnq.procedures.procedure import Procedure
+from wnq.procedures.procedure import Procedure, hooked
 from wnq.procedures.registry import check_number, register_procedure
 from wnq.quantizer import Quantizer, compute_dtype
 
@@ -65,19 +64,12 @@ class DistributionLoss(Procedure):
         # A share of the epochs that is a whole number but for rounding counts as one.
         self.active = epoch < max(1, math.floor(self.until * epochs + 1e-6))
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
+    def watching(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Keep the float inputs of all layers with an input quantizer."""
         self._seen.clear()
-        handles = [
-            layer.register_forward_pre_hook(functools.partial(_keep, self._seen), prepend=True, with_kwargs=True)
-            for layer in (_layers(model) if self.active else ())
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        keep = functools.partial(_keep, self._seen)
+        layers = _layers(model) if self.active else []
+        return hooked(layer.register_forward_pre_hook(keep, prepend=True, with_kwargs=True) for layer in layers)
 
     def loss(self, loss: Tensor, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Add the weighted mean over layers."""

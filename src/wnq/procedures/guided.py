@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wnq.attach import quantized_layers
 from wnq.names import did_you_mean
-from wnq.procedures.procedure import Procedure
+from wnq.procedures.procedure import Procedure, hooked
 from wnq.procedures.registry import check_flag, check_number, register_procedure
 from wnq.quantizer import compute_dtype
 
@@ -79,15 +79,9 @@ def _last_hidden(model: nn.Module) -> tuple[str, ...]:
     return (names[-2],)
 
 
-@contextlib.contextmanager
-def _keeping(net: nn.Module, names: Iterable[str], maps: dict[str, Tensor]) -> Generator[None]:
+def _keeping(net: nn.Module, names: Iterable[str], maps: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
     """Put the outputs of the named layers into ``maps``."""
-    handles = [net.get_submodule(name).register_forward_hook(functools.partial(_keep, maps, name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(net.get_submodule(n).register_forward_hook(functools.partial(_keep, maps, n)) for n in names)
 
 
 def _keep(maps: dict[str, Tensor], name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

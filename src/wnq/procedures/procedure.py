@@ -1,12 +1,13 @@
 """What a training procedure can do: a module that the training loop calls at certain moments."""
 
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Procedure(nn.Module):
@@ -84,3 +85,12 @@ class Procedure(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in ``print(procedure)``."""
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Generator[None]:
+    """Remove hooks at the end. Given as a generator, they are set at the beginning, not before."""
+    with ExitStack() as hooks:
+        for handle in handles:
+            hooks.enter_context(handle)
+        yield

@@ -1,18 +1,17 @@
 """The registry of procedures: a short function a procedure, named as the procedure is in recipes."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from wnq.names import did_you_mean
 from wnq.procedures.procedure import Procedure
+from wnq.registered import Registered, find, new_signature
 
 
 @dataclass(frozen=True)
-class ProcedureInfo:
+class ProcedureInfo(Registered[Procedure]):
     """What the registry knows of a procedure.
 
     Attributes:
@@ -20,20 +19,6 @@ class ProcedureInfo:
         paper: where it was published, for example ``arXiv:1707.09870``.
         function: the registered function; its docstring is the procedure's page.
     """
-
-    name: str
-    paper: str
-    function: Callable[..., Procedure]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Every option with its default."""
-        return {name: p.default for name, p in inspect.signature(self.function).parameters.items()}
-
-    @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return (inspect.getdoc(self.function) or "").splitlines()[0]
 
 
 _REGISTRY: dict[str, ProcedureInfo] = {}
@@ -51,11 +36,7 @@ def register_procedure(*, paper: str) -> Callable[[Callable[..., Procedure]], Ca
 
     def decorate(function: Callable[..., Procedure]) -> Callable[..., Procedure]:
         name = function.__name__
-        if name in _REGISTRY:
-            raise ValueError(f"procedure {name!r} is registered already; a procedure's name must be unique.")
-        signature = inspect.signature(function)
-        if missing := [n for n, p in signature.parameters.items() if p.default is p.empty]:
-            raise ValueError(f"procedure {name!r}: parameters {missing} need defaults, so that a name alone builds it.")
+        signature = new_signature("procedure", function, _REGISTRY)
 
         @functools.wraps(function)
         def build(*args: Any, **kwargs: Any) -> Procedure:
@@ -77,16 +58,7 @@ def get_procedure(name: str, **options: Any) -> Procedure:
     Raises:
         ValueError: unknown procedure or option (with the closest names), or a value out of range.
     """
-    if name not in _REGISTRY:
-        hint = did_you_mean(name, _REGISTRY, most=3)
-        raise ValueError(f"unknown procedure {name!r}.{hint} Available: {', '.join(sorted(_REGISTRY))}.")
-    info = _REGISTRY[name]
-    accepted = info.options
-    for option in options:
-        if option not in accepted:
-            hint = did_you_mean(option, accepted)
-            raise ValueError(f"procedure {name!r} has no option {option!r}.{hint} It takes: {', '.join(accepted)}.")
-    return info.function(**options)
+    return find("procedure", name, _REGISTRY).build("procedure", options)
 
 
 def list_procedures() -> list[ProcedureInfo]:

@@ -1,10 +1,10 @@
 """BatchNorm statistics of the final weights."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from wnq.data import Batches
+from wnq.starting import across_processes
 
 
 @torch.no_grad()
@@ -38,9 +38,7 @@ def reestimate_batchnorm_(model: nn.Module, train: Batches, batches: int, *, bf1
             model(images)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
-        if dist.is_available() and dist.is_initialized():
-            for statistic in (module.running_mean, module.running_var):
-                assert statistic is not None
-                dist.all_reduce(statistic)
-                statistic /= dist.get_world_size()
+        for statistic in (module.running_mean, module.running_var):
+            assert statistic is not None
+            statistic.copy_(across_processes(statistic))
     model.train(was_training)
