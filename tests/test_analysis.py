@@ -1,202 +1,36 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
-import wnq.tails
-from wnq.analysis import collect_evidence, layer_stats, stats_rows, weight_stats
+from wnq.analysis import (
+    LayerStats,
+    ModelEvidence,
+    cause_of,
+    checkpoint_evidence,
+    checkpoint_stats,
+    collect_evidence,
+    layer_names,
+    layer_stats,
+    profile,
+    stats_rows,
+    weight_stats,
+)
+from wnq.analysis.causes import gaussian_crest, gaussian_error
 from wnq.attach import freeze_, quantize_
+from wnq.checkpoints import open_checkpoint
+from wnq.clipping import clip_errors
 from wnq.methods import get_method
 from wnq.normalized import Normalized
 from wnq.normalizers import max_abs
 from wnq.plan import make_plan
-from wnq.quantizer import CodebookQuantizer, Quantized, Uniform
-from wnq.tails import error_stats, histogram, predicted_error, tensor_stats
-
-
-def heavy(*shape: int, seed: int = 0, df: float = 4.0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_t(df, size=shape)).float()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(7, 3, 5, 1), (1, 1, 3), (1013,), (2, 1), (64, 33)])
-def test_tensor_stats_equal_scipy(shape: tuple[int, ...], dtype: torch.dtype):
-    weight = (0.02 * heavy(*shape) + 0.003).to(dtype)
-    w = weight.double().numpy().ravel()
-    rms = math.sqrt(np.mean(w**2))
-    tail = np.abs(w) > 3 * rms
-    got = tensor_stats(weight)
-    assert got.parameters == w.size and got.nonfinite == 0
-    assert got.peak == np.abs(w).max()
-    assert got.rms == pytest.approx(rms, rel=1e-12)
-    assert got.crest == pytest.approx(np.abs(w).max() / rms, rel=1e-12)
-    assert got.kurtosis == pytest.approx(scipy.stats.kurtosis(w, fisher=False), rel=1e-10)
-    assert got.tail_mass == tail.mean()
-    assert got.outlier_energy == pytest.approx((w[tail] ** 2).sum() / (w**2).sum(), rel=1e-12)
-
-
-def test_tensor_stats_do_not_depend_on_memory_order_or_chunks(monkeypatch: pytest.MonkeyPatch):
-    weight = heavy(8, 6, 3, 3)
-    whole = tensor_stats(weight)
-    strided = tensor_stats(weight.to(memory_format=torch.channels_last))
-    monkeypatch.setattr(wnq.tails, "CHUNK", 50)
-    for other in (strided, tensor_stats(weight)):
-        assert vars(other) == pytest.approx(vars(whole), rel=1e-12)
-
-
-def test_zero_weight_has_no_crest():
-    got = tensor_stats(torch.zeros(4, 3))
-    assert (got.peak, got.rms, got.nonfinite) == (0, 0, 0)
-    assert all(math.isnan(v) for v in (got.crest, got.kurtosis, got.tail_mass, got.outlier_energy))
-
-
-@pytest.mark.parametrize("weight", [torch.full((5, 7), -0.1), torch.tensor([3.0]), torch.tensor(0.7)])
-def test_constant_weight_has_crest_one_and_no_kurtosis(weight: Tensor):
-    got = tensor_stats(weight)
-    assert got.crest == pytest.approx(1, rel=1e-12)
-    assert math.isnan(got.kurtosis)
-    assert (got.tail_mass, got.outlier_energy) == (0, 0)
-
-
-def test_empty_weight():
-    got = tensor_stats(torch.empty(0, 3))
-    assert (got.parameters, got.nonfinite, got.peak) == (0, 0, 0)
-    assert math.isnan(got.crest)
-    assert sum(histogram(torch.empty(0)).counts) == 0
-
-
-def test_nonfinite_elements_are_counted_and_left_out():
-    weight = heavy(100)
-    spoilt = torch.cat([weight, torch.tensor([math.nan, math.inf, -math.inf])])
-    got = tensor_stats(spoilt)
-    assert (got.parameters, got.nonfinite) == (103, 3)
-    assert {**vars(got), "parameters": 100, "nonfinite": 0} == vars(tensor_stats(weight))
-
-
-@pytest.mark.parametrize("scale", [1e-160, 1e160])
-def test_float64_statistics_survive_extreme_magnitudes(scale: float):
-    weight = heavy(300).double()
-    base, got = tensor_stats(weight), tensor_stats(weight * scale)
-    assert (got.crest, got.kurtosis, got.tail_mass) == pytest.approx((base.crest, base.kurtosis, base.tail_mass))
-
-
-def test_known_densities():
-    rng = np.random.default_rng(1)
-    uniform = tensor_stats(torch.from_numpy(rng.uniform(-1, 1, 400_000)))
-    assert (uniform.crest, uniform.kurtosis) == pytest.approx((math.sqrt(3), 1.8), rel=0.01)
-    laplace = tensor_stats(torch.from_numpy(rng.laplace(size=400_000)))
-    assert laplace.tail_mass == pytest.approx(math.exp(-3 * math.sqrt(2)), rel=0.05)
-
-
-@pytest.mark.parametrize("grid, bits", [("full", 1), ("full", 2), ("full", 4), ("symmetric", 3), ("symmetric", 8)])
-def test_law_equals_monte_carlo_on_a_uniform_density(grid: str, bits: int):
-    uniform = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    error = error_stats(uniform, Normalized(max_abs, Uniform(bits, grid)).quantize(uniform))
-    law = predicted_error(bits, tensor_stats(uniform).crest, grid)
-    assert error.relative_error == pytest.approx(law, rel=0.01)
-    assert error.law_error == pytest.approx(law, rel=1e-6)
-
-
-def test_law_of_a_long_tail_holds_once_steps_are_fine():
-    weight = heavy(200_000)
-    error = error_stats(weight, Normalized(max_abs, Uniform(8)).quantize(weight))
-    assert error.relative_error == pytest.approx(error.law_error, rel=0.1)
-
-
-@pytest.mark.parametrize("bits, grid, match", [(1, "symmetric", "2 to 8"), (9, "full", "1 to 8"), (3, "ful", "grid")])
-def test_predicted_error_refuses(bits: int, grid: str, match: str):
-    with pytest.raises(ValueError, match=match):
-        predicted_error(bits, 3.0, grid)
-
-
-@pytest.mark.parametrize("granularity, axis", [("tensor", 0), ("channel", 0), ("channel", 1)])
-def test_error_stats_equal_numpy(granularity: str, axis: int, monkeypatch: pytest.MonkeyPatch):
-    weight = heavy(6, 5, 3, 3) * torch.linspace(0.1, 2, 6)[:, None, None, None]
-    dims = [d for d in range(4) if d != axis]
-    peak = weight.abs().amax(dims) if granularity == "channel" else weight.abs().max()
-    shaped = peak.reshape([-1 if d == axis else 1 for d in range(4)]) if granularity == "channel" else peak
-    codes = (weight / shaped * 3).round() + 3
-    quantized = Quantized(codes.to(torch.uint8), torch.arange(-3.0, 4.0), peak / 3, axis)
-    w = weight.double().numpy()
-    step = (peak / 3).double().numpy()
-    q = (codes.double().numpy() - 3) * (shaped / 3).double().numpy()
-    counts = np.unique(codes.numpy(), return_counts=True)[1]
-    for chunk in (wnq.tails.CHUNK, 40):
-        monkeypatch.setattr(wnq.tails, "CHUNK", chunk)
-        got = error_stats(weight, quantized)
-        assert got.relative_error == pytest.approx(((w - q) ** 2).sum() / (w**2).sum(), rel=1e-6)
-        assert got.rescale == pytest.approx((w * q).sum() / (q**2).sum(), rel=1e-6)
-        fitted = ((w - got.rescale * q) ** 2).sum() / (w**2).sum()
-        assert got.rescaled_error == pytest.approx(fitted, rel=1e-6)
-        assert got.law_error == pytest.approx(np.mean(step**2) / 12 / np.mean(w**2), rel=1e-6)
-        assert got.zeros == (q == 0).mean()
-        assert got.entropy == pytest.approx(scipy.stats.entropy(counts, base=2), rel=1e-12)
-        assert got.levels_used == len(counts)
-
-
-def test_uneven_codebook_has_no_law_but_an_error():
-    weight = heavy(50, 4)
-    got = error_stats(
-        weight, CodebookQuantizer(torch.tensor([-4.0, -1.0, 0.0, 1.0]), torch.tensor(0.7), 2).quantize(weight)
-    )
-    assert got.law_error is None
-    assert 0 < got.relative_error < 1
-
-
-def test_rescaled_error_ignores_the_scale():
-    weight = heavy(1000)
-    kept = error_stats(weight, Normalized(max_abs, Uniform(3)).quantize(weight))
-    one = error_stats(weight, Normalized(max_abs, Uniform(3), scale="one").quantize(weight))
-    assert one.rescaled_error == pytest.approx(kept.rescaled_error, rel=1e-5)
-    assert kept.rescaled_error <= kept.relative_error
-
-
-def test_zero_weight_has_no_relative_error():
-    weight = torch.zeros(3, 3)
-    got = error_stats(weight, Normalized(max_abs, Uniform(3, "symmetric")).quantize(weight))
-    assert (got.zeros, got.entropy, got.levels_used) == (1, 0, 1)
-    assert all(math.isnan(v) for v in (got.relative_error, got.rescale, got.rescaled_error, got.law_error or 0.0))
-
-
-def test_error_stats_refuses_another_shape():
-    quantized = Normalized(max_abs, Uniform(3)).quantize(heavy(4, 3))
-    with pytest.raises(ValueError, match=r"\(3, 4\).*\(4, 3\)"):
-        error_stats(heavy(3, 4), quantized)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(width=32, allow_subnormal=False), max_size=60),
-    st.integers(1, 50),
-    st.none() | st.floats(0.1, 10),
-)
-def test_histogram_counts_every_finite_element(values: list[float], bins: int, limit: float | None):
-    got = histogram(torch.tensor(values), bins, limit=limit)
-    assert sum(got.counts) == sum(map(math.isfinite, values))
-    assert len(got.edges) == bins + 1 == len(got.counts) + 1
-    assert list(got.edges) == sorted(got.edges)
-
-
-def test_histogram_equals_numpy():
-    weight = heavy(5000)
-    got = histogram(weight, 61)
-    w = weight.double().numpy()
-    expected, _ = np.histogram(w / math.sqrt(np.mean(w**2)), np.array(got.edges))
-    assert list(got.counts) == expected.tolist()
-    width = got.edges[1] - got.edges[0]
-    assert sum(got.density()) * width == pytest.approx(1)
-
-
-@pytest.mark.parametrize("bins, limit", [(0, None), (5, 0.0), (5, math.inf)])
-def test_histogram_refuses(bins: int, limit: float | None):
-    with pytest.raises(ValueError, match="bins >= 1"):
-        histogram(torch.ones(3), bins, limit=limit)
+from wnq.quantizer import Uniform
+from wnq.tails import error_stats, predicted_error
 
 
 def net() -> nn.Sequential:
@@ -278,3 +112,254 @@ def test_collect_evidence_of_a_float_and_a_quantized_model():
     assert after.levels["0"] == pytest.approx(
         [factor * after.stats[0].crest * c / 7 for c in range(-7, 8, 2)], rel=1e-5
     )
+
+
+def rounded(values: np.ndarray, peak: np.ndarray | float, bits: int, grid: str) -> np.ndarray:
+    """Round to the nearest level of a grid from -peak to peak, level by level, and clip."""
+    count = 2**bits if grid == "full" else 2**bits - 1
+    levels = np.linspace(-1, 1, count) * np.asarray(peak)[..., None]
+    nearest = np.abs(values[..., None] - levels).argmin(-1)
+    return np.take_along_axis(np.broadcast_to(levels, (*values.shape, count)), nearest[..., None], -1)[..., 0]
+
+
+def relative(values: np.ndarray, quantized: np.ndarray) -> float:
+    return float(((values - quantized) ** 2).sum() / (values**2).sum())
+
+
+def heavy(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(0.05 * generator.standard_t(4, shape)).to(dtype)
+
+
+@pytest.mark.parametrize("grid", ["full", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_errors_of_a_profile_equal_numpy(dtype: torch.dtype, grid: str):
+    weight = heavy(6, 5, 3, 3, dtype=dtype)
+    weight[2] *= 5
+    values = weight.double().numpy()
+    _, _, found = profile(weight, bits=(2, 3, 5), grid=grid)
+    assert [(e.bits, e.rule) for e in found.errors if e.rule in ("max", "channel")] == [
+        (bits, rule) for bits in (2, 3, 5) for rule in ("max", "channel")
+    ]
+    own = np.abs(values).reshape(6, -1).max(1)[:, None, None, None]
+    for bits in (2, 3, 5):
+        expected = relative(values, rounded(values, np.abs(values).max(), bits, grid))
+        # Rounding to float64 in another order.
+        assert found.measured(bits, "max") == pytest.approx(expected, rel=1e-9)
+        expected = relative(values, rounded(values, np.broadcast_to(own, values.shape), bits, grid))
+        assert found.measured(bits, "channel") == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_profile_agrees_with_the_clip_rules_and_the_laws():
+    weight = heavy(16, 40)
+    stats, _, found = profile(weight, bits=(2, 4))
+    for row in clip_errors(weight, bits=(2, 4)):
+        entry = found.error(row.bits, row.rule)
+        assert entry is not None
+        assert (entry.measured, entry.predicted) == pytest.approx((row.measured, row.predicted), rel=1e-9)
+        assert entry.clip == pytest.approx(row.clip_rms, rel=1e-9)
+    law = found.error(4, "max")
+    assert law is not None and law.predicted == pytest.approx(predicted_error(4, stats.crest), rel=1e-9)
+    peaks = weight.double().abs().amax(1)
+    mean_step = (2 * peaks / 15).square().mean() / 12 / weight.double().square().mean()
+    law = found.error(4, "channel")
+    assert law is not None and law.predicted == pytest.approx(mean_step.item(), rel=1e-9)
+    assert found.error(3, "max") is None and found.measured(3, "max") is None
+
+
+@pytest.mark.parametrize("rule", ["max", "mse", "percentile", "sawb", "lsq"])
+@pytest.mark.parametrize("grid", ["full", "symmetric"])
+def test_entropy_is_that_of_the_codes(grid: str, rule: str):
+    values = heavy(30, 30).double().numpy()
+    _, _, found = profile(torch.from_numpy(values), bits=(2, 3, 8), grid=grid)
+    rms = np.sqrt((values**2).mean())
+    for bits in (2, 3, 8):
+        entry = found.error(bits, rule)
+        if entry is None:  # SAWB was published for few widths
+            assert rule == "sawb"
+            continue
+        assert entry.clip is not None
+        _, counts = np.unique(rounded(values, entry.clip * rms, bits, grid), return_counts=True)
+        share = counts / counts.sum()
+        assert entry.entropy == pytest.approx(-(share * np.log2(share)).sum(), rel=1e-9)
+
+
+def test_entropy_counts_exact_zeros_where_the_quantizer_puts_them():
+    weight = heavy(20, 20)
+    weight[weight.abs() < 0.03] = 0
+    weight[weight < 0] *= 0.4
+    quantizer = Normalized(max_abs, Uniform(3))
+    _, _, found = profile(weight, bits=(3,))
+    entry = found.error(3, "max")
+    assert entry is not None
+    assert entry.entropy == pytest.approx(error_stats(weight, quantizer.quantize(weight)).entropy, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (300, 400)])
+def test_the_tail_counts_what_lies_beyond(shape: tuple[int, int]):
+    weight = heavy(*shape).bfloat16()  # of which all counts are exact
+    stats, _, found = profile(weight)
+    sizes = np.abs(weight.double().numpy())
+    assert found.tail.reach[-1] == pytest.approx(stats.crest, rel=1e-9)
+    assert found.tail.share[-1] == 0
+    rms = np.sqrt((sizes**2).mean())
+    for reach, share in zip(found.tail.reach[:-1], found.tail.share[:-1], strict=True):
+        # A reach may lie on a number, to rounding.
+        low, high = ((sizes > reach * rms * (1 + slack)).mean() for slack in (1e-9, -1e-9))
+        assert low - 1e-12 <= share <= high + 1e-12
+    assert list(found.tail.share) == sorted(found.tail.share, reverse=True)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 17])
+def test_channel_errors_run_along_an_axis_and_skip_nan(axis: int, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wnq.tails.pieces.CHUNK", chunk)
+    weight = heavy(6, 9, 3)
+    weight[1, 2, 0], weight[5, 0, 1] = math.nan, math.inf
+    (weight[3] if axis == 0 else weight[:, 3]).zero_()
+    values = weight.double().numpy()
+    values = np.where(np.isfinite(values), values, 0.0)
+    peak = np.abs(values).max(axis=(1, 2) if axis == 0 else (0, 2), keepdims=True)
+    # A channel of zeros has no error; every other grid is scaled by its own peak.
+    errors = profile(weight, axis=axis, bits=(2, 3))[2]
+    for bits in (2, 3):
+        quantized = rounded(values, np.broadcast_to(peak, values.shape), bits, "full")
+        expected = np.where(np.isfinite(weight.numpy()), (values - quantized) ** 2, 0).sum() / (values**2).sum()
+        assert errors.measured(bits, "channel") == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-30, 1e30, 1e290])
+def test_channel_errors_survive_extreme_magnitudes(scale: float):
+    weight = heavy(5, 40, dtype=torch.float64)
+    expected = profile(weight, bits=(3,))[2].measured(3, "channel")
+    assert profile(weight * scale, bits=(3,))[2].measured(3, "channel") == pytest.approx(expected, rel=1e-9)
+
+
+def test_channels_that_stand_out_are_named_with_how_far():
+    weight = torch.ones(20, 4) * torch.tensor([0.5, -0.1, 0.2, 1.0])
+    weight[4] *= 8
+    weight[17] *= -3.5
+    weight[9] *= 3  # not beyond
+    weight[11] = 0
+    found = profile(weight)[2].channels
+    assert (found.number, found.outlying) == (20, 2)
+    assert found.listed == ((4, pytest.approx(8)), (17, pytest.approx(3.5)))
+    rms = weight.square().mean().sqrt().item()
+    assert found.median_peak == pytest.approx(1 / rms, rel=1e-6)
+
+
+def test_a_weight_of_zeros_and_one_of_nan_have_a_profile_without_numbers():
+    for weight in (torch.zeros(3, 4), torch.full((3, 4), math.nan)):
+        stats, counted, found = profile(weight, bits=(2,))
+        assert all(math.isnan(entry.measured) and entry.predicted is None for entry in found.errors)
+        assert (found.tail.reach, found.channels.outlying) == ((), 0)
+        assert found.measured(2, "max") is None
+        row = LayerStats("zero", "Linear", (3, 4), 12, 0, *(math.nan,) * 5)
+        cause = cause_of(row, found, 2)
+        assert (cause.cause, cause.error, cause.remedy) == ("none", None, None)
+        json.dumps(stats_rows([row]), allow_nan=False)
+        assert sum(counted.counts) == 12 - stats.nonfinite
+
+
+def flat(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, shape)).float()
+
+
+def with_outlier() -> torch.Tensor:
+    weight = flat(8, 100)
+    weight[:, 0] = 8.0  # in every channel, so that no channel escapes
+    return weight
+
+
+@pytest.mark.parametrize(
+    "weight, bits, expected",
+    [
+        (flat(8, 100), 4, "width"),
+        (with_outlier(), 3, "tail"),
+        (torch.cat([0.2 * flat(7, 100), flat(1, 100)]), 8, "channels"),
+        (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), 4, "tail and channels"),
+        (torch.cat([0.1 * flat(400, 10), 2 * flat(2, 10)]), 3, "channels"),
+    ],
+)
+def test_a_cause_is_named_after_what_halves_the_error(weight: torch.Tensor, bits: int, expected: str):
+    stats, _, found = profile(weight, bits=(bits,))
+    row = LayerStats("layer", "Linear", tuple(weight.shape), weight.numel(), 0, stats.rms, stats.crest, 3, 0, 0)
+    cause = cause_of(row, found, bits)
+    plain, clip, channel = (found.measured(bits, rule) for rule in ("max", "mse", "channel"))
+    assert plain is not None and clip is not None and channel is not None
+    helps = {"tail": clip <= plain / 2 and 2 * channel > clip, "channels": channel <= plain / 2 and 2 * clip > channel}
+    name = " and ".join(name for name, holds in helps.items() if holds) or "width"
+    assert cause.cause == name == expected
+    assert cause.remedied == min(plain, clip, channel)
+    assert cause.remedy == ("mse" if clip < channel else "channel")
+    # Law and needed crest factor are inverses.
+    assert cause.needed_crest is not None
+    assert predicted_error(bits, cause.needed_crest) == pytest.approx(clip, rel=1e-12)
+
+
+def test_the_gaussian_crest_is_what_gaussian_weights_have():
+    generator = np.random.default_rng(0)
+    samples = np.abs(generator.standard_normal((400, 1000))).max(1)
+    # Five standard errors of the mean of the samples.
+    assert gaussian_crest(1000) == pytest.approx(samples.mean(), abs=5 * samples.std() / 20)
+    assert gaussian_error(4) == pytest.approx(0.01154, rel=1e-3)  # the textbook's 20.22 dB
+
+
+def saved(model: nn.Module, folder: Path, kind: str) -> Path:
+    path = folder / f"model{kind}"
+    state = model.state_dict()
+    if kind == ".safetensors":
+        save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    else:
+        torch.save({"epoch": 3, "models": {"model": state}}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".pt"])
+def test_a_checkpoint_gives_the_evidence_of_its_model(kind: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(16, 16), nn.LayerNorm(16))
+    checkpoint = open_checkpoint(saved(model, tmp_path, kind))
+    steps: list[tuple[int, int]] = []
+    found = checkpoint_evidence(checkpoint, "file", bits=(3,), on_step=lambda *step: steps.append(step))
+    expected = collect_evidence(model, "model", bits=(3,))
+    assert [(row.name, row.shape, row.crest, row.kurtosis) for row in found.stats] == [
+        (row.name, row.shape, row.crest, row.kurtosis) for row in expected.stats
+    ]
+    assert found.profiles == expected.profiles
+    assert found.histograms == expected.histograms
+    assert steps == [(4 * 216, 4 * 472), (4 * 472, 4 * 472)]
+    assert found.summary == {"layers": 2, "weights": 472, "bytes": 1888}
+    assert [row.kind for row in found.stats] == ["float32", "float32"]
+    assert layer_names(checkpoint) == layer_names(model) == ["0", "3"]
+    assert checkpoint_stats(checkpoint) == found.stats
+
+
+def test_names_of_tensors_stay_apart_where_the_ending_is_all_that_differs(tmp_path: Path):
+    save_file({name: torch.ones(2, 2) for name in ("a", "a.weight", "b.weight", "b.bias")}, tmp_path / "m.safetensors")
+    assert layer_names(open_checkpoint(tmp_path / "m.safetensors")) == ["a", "a.weight", "b"]
+
+
+def test_a_checkpoint_without_weights_says_so(tmp_path: Path):
+    save_file({"bias": torch.ones(3), "steps": torch.ones(2, 2, dtype=torch.int64)}, tmp_path / "m.safetensors")
+    for read in (checkpoint_stats, layer_names):
+        with pytest.raises(ValueError, match=r"m\.safetensors holds no weights to round: none of its 2 tensors"):
+            read(open_checkpoint(tmp_path / "m.safetensors"))
+
+
+def test_a_frozen_model_has_values_only_and_a_trained_one_an_error_of_its_own():
+    model = net()
+    quantize_(model, make_plan(model, get_method("wnq", w_bits=3)))
+    trained = collect_evidence(model, "trained", bits=(3,))
+    assert not trained.values_only
+    assert [trained.own_error(row) for row in trained.stats] == [row.relative_error for row in trained.stats]
+    assert trained.row("2") is trained.stats[1] and trained.row("no") is None
+    frozen = collect_evidence(freeze_(model), "frozen", bits=(3,))
+    assert frozen.values_only
+    assert all(found.errors == () and found.tail.reach for found in frozen.profiles.values())
+    assert [frozen.own_error(row) for row in frozen.stats] == [None] * 3
+
+
+def test_an_error_beyond_one_counts_after_the_best_rescale():
+    row = LayerStats("a", "Linear", (1, 1), 1, 0, 1.0, 1.0, 3.0, 0.0, 0.0, "bwn", 1, 5.0, 0.1, 0.25)
+    assert ModelEvidence("m", [row]).own_error(row) == 0.25

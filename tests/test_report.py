@@ -1,87 +1,39 @@
-import dataclasses
+"""The page of a report: whole, self-contained, the same bytes, and names are data."""
+
 import math
 import re
-import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
-from wnq.analysis import Histogram, LayerStats, ModelEvidence, error_stats, histogram, tensor_stats
-from wnq.normalized import Normalized
-from wnq.normalizers import max_abs
-from wnq.quantizer import Uniform
+from helpers_report import EVIL, Page, evidence, tailed
+from wnq.analysis import Histogram, LayerStats, ModelEvidence, collect_evidence
+from wnq.attach import freeze_, quantize_
+from wnq.methods import get_method
+from wnq.models import build_model
+from wnq.plan import make_plan
 from wnq.report import write_report
-from wnq.report.plots import short_name
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-VOID = {"meta", "link", "input", "br", "hr", "img"}
-EVIL = "<script>alert('x')</script>$x_{1}$"
-
-
-class Page(HTMLParser):
-    """Checks nesting while it collects tags, ids and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
-def evidence(name: str, layers: list[str], *, bits: int | None, df: float = 4.0) -> ModelEvidence:
-    stats: list[LayerStats] = []
-    histograms: dict[str, Histogram] = {}
-    levels: dict[str, list[float]] = {}
-    generator = torch.Generator().manual_seed(len(name))
-    for layer in layers:
-        weight = torch.randn(8, 4, 3, 3, generator=generator)
-        weight = weight / torch.rand(weight.shape, generator=generator).clamp(min=1 / df)
-        values = dataclasses.asdict(tensor_stats(weight))
-        del values["peak"]
-        if bits is not None:
-            quantized = Normalized(max_abs, Uniform(bits)).quantize(weight)
-            values |= {"method": "wnq", "bits": bits, **dataclasses.asdict(error_stats(weight, quantized))}
-            levels[layer] = (quantized.codebook / values["rms"]).tolist()
-        stats.append(LayerStats(layer, "Conv2d", tuple(weight.shape), **values))
-        histograms[layer] = histogram(weight)
-    return ModelEvidence(name, stats, histograms, levels, {"accuracy": 0.5, "bytes": 1234567})
-
-
 LAYERS = ["conv1", "layer1.0.conv1", EVIL]
+MODEL_CHARTS = 3  # remedies, crest factors, prediction; and one of widths for each model
+LAYER_CHARTS = 2  # histogram, tail
+
+
+def weights(seed: int, df: float = 3.0) -> dict[str, torch.Tensor]:
+    return {layer: tailed(8, 4, 3, 3, seed=10 * seed + place, df=df) for place, layer in enumerate(LAYERS)}
 
 
 @pytest.fixture(scope="module")
 def models() -> list[ModelEvidence]:
     return [
-        evidence("start", LAYERS, bits=None),
-        evidence("attached", LAYERS, bits=3, df=2),
-        evidence("8 & more", LAYERS, bits=8),
+        evidence("start", weights(0), summary={"accuracy": 0.5, "bytes": 1234567}),
+        evidence("attached", weights(1, df=30), own=3),
+        evidence("8 & more", weights(2), own=8),
     ]
 
 
@@ -92,14 +44,21 @@ def page_path(models: list[ModelEvidence], tmp_path_factory: pytest.TempPathFact
 
 
 def test_page_is_well_formed_and_complete(page_path: Path):
-    text = page_path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(page.named("svg")) == 2 + len(LAYERS)
-    assert len(page.named("details")) == len(LAYERS)
+    page = Page(page_path.read_text(encoding="utf-8"))
+    assert len(page.named("svg")) == MODEL_CHARTS + 3 + LAYER_CHARTS * len(LAYERS)
+    assert sum("layer" in str(attrs.get("class")) for attrs in page.named("details")) == len(LAYERS)
     for wanted in [*LAYERS, "start", "attached", "8 & more", "Tails & <error>", "A <b>question</b>.", "1,234,567"]:
         assert wanted in page.text
-    assert len(page_path.read_bytes()) < 300_000
+    assert len(page_path.read_bytes()) < 500_000
     assert list(page_path.parent.iterdir()) == [page_path]
+
+
+def test_the_page_leads_with_the_answer(page_path: Path):
+    page = Page(page_path.read_text(encoding="utf-8"))
+    headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", page_path.read_text(encoding="utf-8"))
+    assert headings[0] == "What 3 bits cost, where, and what would help"
+    assert headings[1] == "Results"
+    assert page.words.index("Most in") < page.words.index("Results")
 
 
 def test_names_are_data_not_markup(page_path: Path):
@@ -120,17 +79,21 @@ def test_ids_are_unique_and_references_resolve(page_path: Path):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     used = set(re.findall(r"url\(#([^)]+)\)", text)) | {str(a["xlink:href"])[1:] for a in page.named("use")}
+    used |= {str(a["href"])[1:] for a in page.named("a")}
     for _, attrs in page.tags:
         used |= set(str(attrs.get("aria-labelledby") or "").split())
     assert used <= set(ids)
 
 
-def test_every_chart_has_a_text_alternative(page_path: Path):
-    page = Page(page_path.read_text(encoding="utf-8"))
+def test_every_chart_has_a_text_alternative_with_its_numbers(page_path: Path, models: list[ModelEvidence]):
+    text = page_path.read_text(encoding="utf-8")
+    page = Page(text)
     for svg in page.named("svg"):
         assert svg["role"] == "img"
         assert len(str(svg["aria-labelledby"]).split()) == 2
     assert f"Weight histogram of {EVIL}" in page.text
+    assert f"Tail of {EVIL}" in page.text
+    assert f"attached: crest factor {models[1].stats[0].crest:.3g}" in page.text
 
 
 def test_charts_take_their_colours_from_the_page(page_path: Path):
@@ -141,55 +104,88 @@ def test_charts_take_their_colours_from_the_page(page_path: Path):
 
 
 def test_same_input_same_bytes(models: list[ModelEvidence], tmp_path: Path):
-    first = write_report(tmp_path / "a.html", models, title="t").read_bytes()
-    assert write_report(tmp_path / "b.html", models, title="t").read_bytes() == first
+    first = write_report(tmp_path / "a.html", models, title="t", drawn=LAYERS[:1]).read_bytes()
+    assert write_report(tmp_path / "b.html", models, title="t", drawn=LAYERS[:1]).read_bytes() == first
 
 
 def test_results_table_shows_the_given_rows(models: list[ModelEvidence], tmp_path: Path):
     rows = [{"name": "attached", "w_bits": 3}, {"name": "<other>", "top.1": 0.25, "w_bits": None, "note": math.nan}]
-    page = Page(write_report(tmp_path / "r.html", models, title="t", table=rows).read_text(encoding="utf-8"))
+    text = write_report(tmp_path / "r.html", models[:1], title="t", table=rows, drawn=[]).read_text(encoding="utf-8")
+    page = Page(text)
     for wanted in ("w\u00a0bits", "top.1", "0.2500", "<other>"):
         assert wanted in page.text
 
 
+def test_one_model_alone_is_drawn_with_the_levels_of_every_width(tmp_path: Path):
+    model = evidence("alone", {"a": tailed(20, 30), "b": tailed(30, 30, seed=1)})
+    text = write_report(tmp_path / "r.html", [model], title="t").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.named("svg")) == MODEL_CHARTS + 1 + LAYER_CHARTS * 2
+    assert "What changed against" not in page.text
+    histogram = next(
+        svg for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL) if "Weight histogram of a" in svg
+    )
+    ticks = re.findall(r"(\d) bits</text>", histogram)
+    assert ticks == ["2", "3", "4"]  # 256 levels would run together
+
+
+def test_only_the_worst_of_many_layers_are_drawn_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wnq.report.subject.DRAWN", 3)
+    monkeypatch.setattr("wnq.report.charts.ROWS", 5)
+    monkeypatch.setattr("wnq.report.page.ROWS", 5)
+    sizes = {f"block.{k}.weight": tailed(6, 6 + k % 7, seed=k, df=3 + k % 5) for k in range(12)}
+    model = evidence("many", sizes, bits=(4,))
+    text = write_report(tmp_path / "r.html", [model], title="t").read_text(encoding="utf-8")
+    page = Page(text)
+    drawn = re.findall(r"<summary><code>([^<]+)</code>", text)
+    errors = {layer: model.profiles[layer].measured(4, "max") or 0.0 for layer in sizes}
+    assert drawn == sorted(sizes, key=lambda layer: -errors[layer])[:3]
+    assert "3 of 12 layers have plots here, the largest error first" in page.words
+    assert "show the 5 with the largest error, of 12" in page.words
+    table = text[text.index('id="stats"') :]
+    assert all(f">{layer}</th>" in table for layer in sizes)
+    chosen = write_report(tmp_path / "c.html", [model], title="t", drawn=["block.3.weight"])
+    assert re.findall(r"<summary><code>([^<]+)</code>", chosen.read_text(encoding="utf-8")) == ["block.3.weight"]
+
+
+def test_a_width_that_was_not_compared_is_refused(models: list[ModelEvidence], tmp_path: Path):
+    with pytest.raises(ValueError, match="focus must be one of the widths compared, 2, 3, 4, 8, got 5"):
+        write_report(tmp_path / "r.html", models, title="t", focus=5)
+    assert not list(tmp_path.iterdir())
+
+
 def test_edges_of_the_evidence(tmp_path: Path):
     nothing = math.nan
-    zero = LayerStats(
-        "zero",
-        "Linear",
-        (2, 2),
-        4,
-        0,
-        0.0,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        "wnq",
-        3,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-    )
+    zero = LayerStats("zero", "Linear", (2, 2), 4, 0, 0.0, *(nothing,) * 4, "wnq", 3, *(nothing,) * 4)
     blank = ModelEvidence("blank", [zero], {"zero": Histogram((-1.0, 0.0, 1.0), (0, 0))}, {})
+    zeros = evidence("zeros", {"zero": torch.zeros(3, 3)})
+    spoilt = evidence("spoilt", {"a": torch.full((3, 4), nothing), "b": tailed(4, 5)})
     for index, models in enumerate(
-        ([ModelEvidence("empty", [])], [blank], [blank, evidence("one", ["zero", "b"], bits=2)])
+        (
+            [ModelEvidence("empty", [])],
+            [blank],
+            [zeros],
+            [spoilt],
+            [blank, evidence("one", {"zero": tailed(3, 3), "b": tailed(4, 4)}, own=2), spoilt],
+            [evidence("dot", {"a": torch.ones(1, 1)})],
+        )
     ):
         text = write_report(tmp_path / f"{index}.html", models, title="t").read_text(encoding="utf-8")
-        assert "nan" not in Page(text).text.lower().replace("nan and infinite", "")
+        spoken = Page(text).text.lower()
+        for allowed in ("nan and infinite", "nan or infinite"):
+            spoken = spoken.replace(allowed, "")
+        assert "nan" not in spoken and "inf " not in spoken, index
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("layer1.0.conv1", "layer1.0.conv1"),
-        ("transformer.h.11.attn.c_proj", "…h.11.attn.c_proj"),
-        ("a" * 30 + "b", "…" + "a" * 20 + "b"),
-    ],
-)
-def test_long_names_keep_their_end(name: str, expected: str):
-    assert short_name(name) == expected
+def test_a_frozen_model_alone_says_that_its_error_cannot_be_told(tmp_path: Path):
+    model = build_model("digits_mlp")
+    freeze_(quantize_(model, make_plan(model, get_method("wnq", w_bits=2))))
+    frozen = collect_evidence(model, "frozen")
+    text = write_report(tmp_path / "r.html", [frozen], title="t").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "frozen holds quantized values only: what their rounding cost cannot be told" in page.words
+    assert "Error by width and clip rule" not in page.words
+    assert len(page.named("svg")) == 1 + LAYER_CHARTS * len(frozen.stats)  # crest factors, and the layers
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]])
@@ -202,47 +198,6 @@ def test_a_path_that_cannot_be_written_says_so(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*file/r\.html.*folder"):
         write_report(tmp_path / "file" / "r.html", [ModelEvidence("a", [])], title="t")
-
-
-def browse(page: Path, profile: Path, width: int = 1200) -> tuple[str, str]:
-    """Return the document after its scripts ran, and the browser's log."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --enable-logging=stderr --dump-dom --window-size={width},800"
-    command = [chromium, *flags.split(), f"--user-data-dir={profile}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout, done.stderr
-
-
-def test_browser_runs_the_page_without_complaint(page_path: Path, tmp_path: Path):
-    document, log = browse(page_path, tmp_path / "profile")
-    assert 'data-ready="1"' in document
-    assert "CONSOLE" not in log
-
-
-def test_page_fits_a_phone_sorts_filters_and_switches_theme(page_path: Path, tmp_path: Path):
-    probe = """<script>
-    const root = document.documentElement, every = (query) => [...document.querySelectorAll(query)];
-    const click = (name) => every("#stats thead button").find((button) => button.textContent === name).click();
-    const bits = () => every("#stats tbody tr:not([hidden])").map((row) => row.cells[6].dataset.value || "none").join();
-    const found = [Math.max(0, root.scrollWidth - innerWidth)];
-    click("bits"); found.push(bits());
-    click("bits"); found.push(bits());
-    const filter = document.getElementById("filter");
-    filter.value = "ATTACHED"; filter.dispatchEvent(new Event("input")); found.push(bits());
-    document.getElementById("theme").click();
-    root.dataset.probe = [...found, root.dataset.theme].join("|");
-    </script>"""
-    probed = tmp_path / "probed.html"
-    probed.write_text(page_path.read_text(encoding="utf-8").replace("</body>", probe + "</body>"), encoding="utf-8")
-    document, log = browse(probed, tmp_path / "profile", width=360)
-    assert "CONSOLE" not in log
-    found = re.search('data-probe="([^"]*)"', document)
-    assert found is not None
-    none = ",none,none,none"
-    assert found[1] == f"0|8,8,8,3,3,3{none}|3,3,3,8,8,8{none}|3,3,3|dark"
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,40 +1,32 @@
-"""Evidence as one HTML file that needs nothing else: results, tails before and after, errors against the law.
+"""Evidence as one HTML file that needs nothing else: the answer first, then tails, errors, layers, all numbers.
 
 The file loads nothing from the network, works from disk, in light and dark, on a phone and on a wide screen, and is the
 same bytes for the same input.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wnq.analysis import ModelEvidence
+from wnq.drawing import Chart, render_page, require_page
 from wnq.files import write_text
-from wnq.report import plots
-from wnq.report.plots import median, number
+from wnq.report import parts
+from wnq.report.charts import ROWS, model_charts
+from wnq.report.layers import layer_charts, ruled_keys
+from wnq.report.subject import Subject, subject_of
+from wnq.report.tables import cell, default_table, layer_columns, rule_table
+from wnq.report.wording import answer, reading
 
 TEMPLATE = "report.html.j2"
 
-COLUMNS: dict[str, str] = {
-    "parameters": "number of weights",
-    "method": "how the weight is quantized",
-    "bits": "width of a code",
-    "crest": "max|w| / rms(w): Gaussian about sqrt(2 ln parameters)",
-    "kurtosis": "fourth over squared second central moment: Gaussian 3",
-    "tail_mass": "fraction of weights beyond 3 rms: Gaussian 0.0027",
-    "outlier_energy": "their share of the squared norm",
-    "relative_error": "|w - w_q|² / |w|²",
-    "rescaled_error": "the same after the best single rescale, 1 - cos²(w, w_q)",
-    "law_error": "step² / 12 / mean(w²)",
-    "rescale": "that best factor; 1 where magnitudes are kept",
-    "zeros": "fraction of weights that are exactly 0",
-    "entropy": "zero-order entropy of the codes, bits a weight",
-    "levels_used": "distinct codes that occur",
-    "nonfinite": "NaN and infinite weights, left out of all else",
-}
-"""Columns of the layer table after layer, model, kind and shape, with what each means."""
+OPEN = 4
+"""Layers whose plots are unfolded at first."""
+
+T = TypeVar("T")
+
+OnChart = Callable[[int, int], None]
+"""Called with how many charts are drawn and how many there are."""
 
 
 def write_report(
@@ -46,6 +38,9 @@ def write_report(
     checks: Sequence[str] = (),
     table: Sequence[Mapping[str, object]] | None = None,
     provenance: Mapping[str, object] | None = None,
+    focus: int | None = None,
+    drawn: Sequence[str] | None = None,
+    on_chart: OnChart | None = None,
 ) -> Path:
     """Write the report and return its path.
 
@@ -58,135 +53,119 @@ def write_report(
         table: rows of the results table; their keys become columns in order of appearance. Default: each model's
             summary with the medians of its layers.
         provenance: what the numbers depend on (hardware, versions, seeds, command), shown at the end.
+        focus: the width that the answer is given for; by default that of a trained model, or else 4, or the nearest that was
+            compared.
+        drawn: names of the layers with plots of their own; by default the 24 with the largest error.
+        on_chart: called after each chart, for a progress bar.
 
     Raises:
-        ValueError: no model, or two of one name.
+        ValueError: no model, or two of one name, or a focus that was not compared.
         OSError: the file cannot be written: path, cause and remedy.
         ImportError: matplotlib or jinja2 is missing.
     """
-    names = [model.name for model in models]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"a report needs at least one model, each with a name of its own, got {names}.")
-    page = _render(models, title=title, lead=lead, checks=checks, table=table, provenance=provenance)
+    subject = subject_of(models, focus=focus, drawn=drawn)
+    require_page()
+    drawing = _Drawing(subject, on_chart)
+    page = _render(subject, drawing, title, lead=lead, checks=checks, table=table, provenance=provenance)
     write_text(path, page)
     return Path(path)
 
 
-def _render(
+def save_plots(
+    folder: str | Path,
     models: Sequence[ModelEvidence],
     *,
+    focus: int | None = None,
+    drawn: Sequence[str] | None = None,
+    on_chart: OnChart | None = None,
+) -> list[Path]:
+    """Write every chart of the report as ``NAME.svg`` and ``NAME.png``, each by itself, and return the paths.
+
+    Args:
+        folder: where to; made if missing.
+        models: as for :func:`write_report`.
+        focus: as for :func:`write_report`.
+        drawn: as for :func:`write_report`.
+        on_chart: called after each chart.
+
+    Raises:
+        ValueError: as :func:`write_report`.
+        OSError: a file cannot be written.
+        ImportError: matplotlib or jinja2 is missing.
+    """
+    require_page()
+    drawing = _Drawing(subject_of(models, focus=focus, drawn=drawn), on_chart)
+    return [path for chart in drawing.all for path in drawing.done(chart.save(folder))]
+
+
+class _Drawing:
+    """All charts of a report, and how many of them are drawn."""
+
+    def __init__(self, subject: Subject, on_chart: OnChart | None) -> None:
+        self.models, self.layers = model_charts(subject), layer_charts(subject)
+        self.all = [*self.models.values(), *(chart for own in self.layers.values() for chart in own)]
+        self.count, self.on_chart = 0, on_chart
+
+    def done(self, made: T) -> T:
+        """Count one chart and return what was made of it."""
+        self.count += 1
+        if self.on_chart is not None:
+            self.on_chart(self.count, len(self.all))
+        return made
+
+    def shown(self, chart: Chart) -> dict[str, Any]:
+        """Return what the page shows of a chart."""
+        from markupsafe import Markup
+
+        return {"title": chart.title, "svg": Markup(self.done(chart.svg())), "keys": chart.keys}
+
+
+def _render(
+    subject: Subject,
+    drawing: _Drawing,
     title: str,
+    *,
     lead: Sequence[str],
     checks: Sequence[str],
     table: Sequence[Mapping[str, object]] | None,
     provenance: Mapping[str, object] | None,
 ) -> str:
-    try:
-        import matplotlib as _  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError(f'reports need {error.name}: pip install "wnq[report]"') from error
-    layers = list(dict.fromkeys(row.name for model in models for row in model.stats))
-    results = _default_table(models) if table is None else table
-    columns = {key: _cell(value)["numeric"] for row in reversed(results) for key, value in row.items()}
+    results = default_table(subject) if table is None else table
+    columns = {key: cell(value)["numeric"] for row in reversed(results) for key, value in row.items()}
     columns = {key: columns[key] for row in results for key in row}
-    charts = {"crest": "", "law": ""}
-    if layers:
-        charts["crest"] = Markup(plots.crest_chart("crest", layers, models))
-    if any(plots.law_points(model) for model in models):
-        charts["law"] = Markup(plots.law_chart("law", models))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("wnq.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    charts = {name: drawing.shown(chart) for name, chart in drawing.models.items()}
+    shown = {layer: [drawing.shown(chart) for chart in own] for layer, own in drawing.layers.items()}
+    stat_columns = layer_columns(subject)
+    return render_page(
+        "wnq.report",
+        TEMPLATE,
         title=title,
         lead=lead,
         checks=checks,
-        legend=[_key(index, model.name) for index, model in enumerate(models)],
-        keys={model.name: _key(index, model.name) for index, model in enumerate(models)},
+        subject=subject,
+        several=len(subject.models) > 1,
+        keys=subject.keys,
+        answer=answer(subject),
+        worst=parts.worst(subject),
         columns=columns,
-        results=[[_cell(row.get(column)) for column in columns] for row in results],
-        findings=[_finding(models[0], model) for model in models[1:]],
+        results=[[cell(row.get(column)) for column in columns] for row in results],
+        findings=[parts.finding(subject.models[0], model) for model in subject.models[1:]],
         charts=charts,
-        layers=[
+        rows=ROWS,
+        rules=[
             {
-                "name": layer,
-                "rows": [(_key(i, m.name), row) for i, m in enumerate(models) for row in m.stats if row.name == layer],
-                "svg": Markup(plots.histogram_chart(f"layer{place}", layer, models)) if _drawn(models, layer) else "",
+                "key": subject.keys[model.name],
+                "rows": parts.rules(subject, model),
+                "chart": charts.get(f"widths-{k}"),
             }
-            for place, layer in enumerate(layers)
+            for k, model in enumerate(subject.models)
+            if rule_table(subject, model)
         ],
-        stat_columns=COLUMNS,
-        stat_rows=[
-            (
-                row,
-                _key(index, model.name),
-                {key: _cell(getattr(row, key)) for key in COLUMNS} | {"method": _cell(row.method or "float")},
-            )
-            for layer in layers
-            for index, model in enumerate(models)
-            for row in model.stats
-            if row.name == layer
-        ],
+        layers=parts.layers(subject, shown),
+        layer_keys=[*(subject.keys.values() if len(subject.models) > 1 else ()), *ruled_keys(subject)],
+        open=OPEN,
+        stat_columns=stat_columns,
+        stat_rows=parts.stat_rows(subject, stat_columns),
+        reading=reading(subject) if subject.focus else [],
         provenance=dict(provenance or {}),
-        number=number,
     )
-
-
-def _drawn(models: Sequence[ModelEvidence], layer: str) -> bool:
-    return any(layer in model.histograms for model in models)
-
-
-def _key(index: int, name: str) -> dict[str, str]:
-    """Return what a legend shows of a model: its colour variable, its marker, its name."""
-    color = "--start" if index == 0 else f"--arm{(index - 1) % plots.ARMS}"
-    return {"color": color, "sign": plots.SIGNS[index % len(plots.SIGNS)], "name": name}
-
-
-def _cell(value: object) -> dict[str, Any]:
-    """Return the text of a table cell and, for a number, the value to sort by."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return {"text": "–" if value is None else str(value), "value": None, "numeric": value is None}
-    if not math.isfinite(value):
-        return {"text": "–", "value": None, "numeric": True}
-    text = (
-        f"{value:,.0f}"
-        if isinstance(value, int) or not value
-        else f"{value:,.0f}"
-        if abs(value) >= 1e4
-        else f"{value:#.4g}".rstrip(".")
-    )
-    return {"text": text, "value": value, "numeric": True}
-
-
-def _default_table(models: Sequence[ModelEvidence]) -> list[Mapping[str, object]]:
-    return [
-        {
-            "name": model.name,
-            **model.summary,
-            "median crest": median(row.crest for row in model.stats),
-            "median kurtosis": median(row.kurtosis for row in model.stats),
-            "median rescaled error": median(row.rescaled_error for row in model.stats),
-        }
-        for model in models
-    ]
-
-
-def _finding(start: ModelEvidence, model: ModelEvidence) -> dict[str, Any]:
-    """Return the comparison of one model with the start, over the layers that both have."""
-    before = {row.name: row for row in start.stats}
-    pairs = [(before[row.name], row) for row in model.stats if row.name in before]
-    finite = [(a, b) for a, b in pairs if math.isfinite(a.crest) and math.isfinite(b.crest)]
-
-    def change(column: str) -> tuple[str, str]:
-        return tuple(number(median(getattr(pair[side], column) for pair in pairs)) for side in (0, 1))  # pyright: ignore[reportReturnType]
-
-    return {
-        "name": model.name,
-        "crest": change("crest"),
-        "kurtosis": change("kurtosis"),
-        "tail_mass": change("tail_mass"),
-        "lower": sum(b.crest < a.crest for a, b in finite),
-        "layers": len(finite),
-        "error": number(median(row.rescaled_error for row in model.stats)),
-    }
