@@ -6,8 +6,10 @@ from wnq.train.interrupt import Interrupted
 from wnq.train.loop import TrainingDivergedError, fit
 from wnq.train.processes import plain_accelerator
 from wnq.train.progress import Progress, TrainResult
+from wnq.train.tails import TAILS
 
 __all__ = [
+    "TAILS",
     "Interrupted",
     "Progress",
     "TrainConfig",

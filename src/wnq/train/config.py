@@ -56,6 +56,8 @@ class TrainConfig:
     """Evaluate after every this many epochs (and always after the last)."""
     checkpoint_steps: int = 0
     """Write a checkpoint every this many steps; 0: after every epoch."""
+    record_every: int = 0
+    """Record tails, errors and the gradient at the maximum of every quantized layer each this many steps; 0: off."""
     seed: int = 0
     """Of the data order and augmentation (and of the model's start, where a recipe builds it)."""
 
@@ -68,7 +70,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}.")
         decays_and_rates = ("weight_decay", "quantizer_lr", "quantizer_weight_decay", "warmup_epochs", "clip_grad_norm")
-        for name in (*decays_and_rates, "bn_batches", "crop_padding", "checkpoint_steps"):
+        for name in (*decays_and_rates, "bn_batches", "crop_padding", "checkpoint_steps", "record_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}.")
         if self.optimizer not in OPTIMIZERS:

@@ -25,6 +25,7 @@ from wnq.train.loss import training_loss
 from wnq.train.optimizer import make_optimizer
 from wnq.train.processes import plain_accelerator, share_buffers, sum_up
 from wnq.train.progress import Progress, TrainResult
+from wnq.train.tails import make_recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,7 +63,7 @@ def fit(
         config: the settings.
         teacher: the float twin, for ``distill_weight`` > 0 or a procedure that needs one.
         procedure: a fresh training procedure, from :func:`wnq.procedures.get_procedure`; None trains plainly.
-        out: folder for ``checkpoint.pt`` and ``metrics.jsonl``; None keeps everything in memory.
+        out: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``tails.jsonl``; None keeps everything in memory.
         resume: continue from the checkpoint in ``out`` if there is one.
         accelerator: an ``accelerate.Accelerator`` to use, for example one with trackers; by default a plain one.
         on_step: called on the main process after every step.
@@ -145,6 +146,9 @@ class _Run:
         # What a checkpoint must have been written with. Runs without a procedure do not mention one.
         self.settings = dataclasses.asdict(config) | ({} if procedure is None else {"procedure": procedure.settings})
         self.state = TrainState()
+        if not config.record_every:
+            del self.settings["record_every"]  # checkpoints from before it was a setting go on
+        self.recorder = make_recorder(self.model, config.record_every, out, accelerator)
 
     def go(self, resume: bool) -> TrainResult:
         checkpoint = None if self.out is None else self.out / "checkpoint.pt"
@@ -152,6 +156,8 @@ class _Run:
             remove_leftovers(checkpoint, checkpoint.with_name("metrics.jsonl"))
             self.state = load_checkpoint(checkpoint, self.settings, optimizer=self.optimizer, **self.models)
             logger.info("resumed at epoch %d, step %d", self.state.epoch, self.state.step)
+        if self.recorder is not None:
+            self.recorder.resume_after(self._steps_done)
         prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         network: nn.Module = torch.compile(prepared, fullgraph=True) if self.config.compile else prepared  # pyright: ignore[reportAssignmentType]
         val: Metrics | None = None
@@ -168,6 +174,10 @@ class _Run:
             val = self._evaluate(self.model)
         images = self.steps * self.images_per_step * self.config.epochs
         return TrainResult(val, self.state.history, self.state.seconds, images / max(self.state.seconds, 1e-9))
+
+    @property
+    def _steps_done(self) -> int:
+        return self.state.epoch * self.steps + self.state.step
 
     def _evaluate(self, model: nn.Module) -> Metrics:
         return evaluate(model, self.val.epoch(0), bf16=self.config.bf16)
@@ -213,17 +223,19 @@ class _Run:
         return val
 
     def _step(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        rate = schedule(self.state.epoch * self.steps + self.state.step, self.steps, self.config)
+        rate = schedule(self._steps_done, self.steps, self.config)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         loss, logits = self._gradients(network, images, labels)
         if self.procedure.looks_ahead:
             with looked_ahead(self.optimizer):
                 self._gradients(network, images, labels)
+        if self.recorder is not None:
+            self.recorder.after_backward(self._steps_done + 1)
         self.stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.procedure.after_step_(self.model, self.state.epoch * self.steps + self.state.step + 1)
+        self.procedure.after_step_(self.model, self._steps_done + 1)
         return loss.item(), int((logits.argmax(1) == labels).sum())
 
     def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
