@@ -1,13 +1,15 @@
 """``wnq methods`` and ``wnq plan``."""
 
 import inspect
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wnq.cli.command import Json, command
+from wnq.cli.budgeting import show_choice, within_budget
+from wnq.cli.command import Json, command, existing
 from wnq.cli.options import (
     InChannels,
     ModelOption,
@@ -21,6 +23,8 @@ from wnq.cli.options import (
 from wnq.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from wnq.methods import MethodInfo, Recommended
 
 
@@ -32,6 +36,7 @@ def register(app: typer.Typer) -> None:
         "wnq plan resnet20 --w-bits 2 --a-bits 2",
         "wnq plan resnet20 --method lsq --override 'layer3.*=wnq:w_bits=4,a_bits=4' --save plan.json",
         "wnq plan resnet20 --method twn --normalize max_abs",
+        "wnq plan runs/float --budget 2.5bits --sensitivity sensitivity.json --save plan.json",
     )(plan)
 
 
@@ -108,7 +113,10 @@ def _ranges(widths: Sequence[int]) -> str:
 def plan(
     screen: Screen,
     model: Annotated[
-        str, typer.Argument(help="A name of wnq's, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory.")
+        str,
+        typer.Argument(
+            help="A name of wnq's, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory, or a run's folder."
+        ),
     ],
     method: Annotated[str, typer.Option(help="What the layers get; see wnq methods.")] = "wnq",
     w_bits: Annotated[int | None, typer.Option(help="Width of the weights, 1 to 8, 32 for float.")] = None,
@@ -133,12 +141,29 @@ def plan(
             help="Layers that get another method. Can be repeated; later ones win.",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS|SIZE",
+            help="Choose widths within it: 2.5bits (mean of the layers that are chosen) or 120KiB (everything). Needs "
+            "--sensitivity.",
+            show_default=False,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="What wnq sensitivity measured on this network.", show_default=False)
+    ] = None,
+    solver: Annotated[str, typer.Option(help="Of --budget: exact, or greedy.")] = "exact",
     num_classes: NumClasses = None,
     in_channels: InChannels = None,
     model_option: ModelOption = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
 ) -> Json:
-    """Show which layer of a network would get what, and the size that comes of it."""
+    """Show which layer of a network would get what, and the size that comes of it.
+
+    With --budget each layer gets the width that keeps the sum of the measured loss changes least, and keeps the gradient through
+    its maximum or not as the measurement says. --first-last-bits, --override and --keep-float decide first.
+    """
     from wnq.plan_table import plan_rows
     from wnq.recipe import QuantizeSection, plan_of
 
@@ -152,7 +177,13 @@ def plan(
         keep_float=tuple(keep_float or ()),
         override=tuple(override(text) for text in exception or ()),
     )
-    made = plan_of(section, build(model, num_classes, in_channels, model_option))
+    _check_budget(model, budget, sensitivity, section.options)
+    network = _network(model, num_classes, in_channels, model_option)
+    if budget is None or sensitivity is None:
+        chosen, made = None, plan_of(section, network)
+    else:
+        chosen = within_budget(network, section, budget, sensitivity, solver)
+        made = chosen.plan
     rows = plan_rows(made)
     # Before the first batch there is nothing to say about the inputs.
     screen.table(rows, [column for column in rows[0] if column not in ("kind", "input")])
@@ -166,10 +197,46 @@ def plan(
         f"{totals['kib']:,} KiB as planned."
     )
     screen.work()
+    result: dict[str, Any] = {"model": model, "rows": rows, "totals": totals, "plan": made.to_json()}
+    if chosen is not None and budget is not None:
+        result["budget"] = show_choice(screen, chosen, budget)
     if save is not None:
         made.save(save)
         screen.say(f"Plan written to {save}; a recipe takes it as plan = {str(save)!r} in [quantize].")
-    return {"model": model, "rows": rows, "totals": totals, "plan": made.to_json()}
+    return result
+
+
+def _check_budget(model: str, budget: str | None, sensitivity: Path | None, options: Mapping[str, Any]) -> None:
+    """Raise what is wrong with ``--budget`` and the options beside it."""
+    if budget is None:
+        if sensitivity is not None:
+            raise ValueError("--sensitivity is for --budget, such as --budget 2.5bits.")
+        return
+    if "w_bits" in options:
+        raise ValueError("--budget chooses the widths of the weights; leave w_bits out, or fix layers by --override.")
+    if sensitivity is None:
+        target = shlex.quote(model) if Path(model).is_dir() else f"WEIGHTS --model {shlex.quote(model)} --data NAME"
+        raise ValueError(
+            f"--budget needs measurements: run wnq sensitivity {target} --out sensitivity.json and add "
+            "--sensitivity sensitivity.json."
+        )
+    existing(sensitivity)
+
+
+def _network(
+    model: str, num_classes: int | None, in_channels: int | None, options: Sequence[str] | None
+) -> "nn.Module":
+    """Build the float network that a name or a run's folder means."""
+    recipe = Path(model) / "recipe.json"
+    if not recipe.is_file():
+        return build(model, num_classes, in_channels, options)
+    from wnq.models import build_model
+    from wnq.recipe import load_recipe
+
+    if num_classes or in_channels or options:
+        raise ValueError(f"{model} is a run's folder and knows its network; leave the network's options out.")
+    section = load_recipe(recipe).model
+    return build_model(section.name, **section.options)
 
 
 def _first_last(text: str) -> int | None:

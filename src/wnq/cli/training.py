@@ -22,14 +22,14 @@ from wnq.cli.options import (
     set_keys,
 )
 from wnq.cli.screen import Screen
-from wnq.cli.targets import open_target
+from wnq.cli.targets import Target, open_target
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
     from wnq.data import Dataset
-    from wnq.recipe import Recipe
+    from wnq.recipe import DataSection, Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -88,7 +88,7 @@ def train(
         plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=screen.seed))
     out = out or Path("runs") / recipe.stem
     with screen.bar("reading images") as on_image:
-        data = _load(plan, on_image)
+        data = read_images(plan.data, on_image)
     _check(plan, data)
     screen.work()
     accelerator = _tracker(out, plan) if tensorboard else None
@@ -123,12 +123,34 @@ def train(
     }
 
 
-def _load(recipe: "Recipe", on_image: Any) -> "Dataset":
+def data_section(target: Target, data: str | None, options: dict[str, Any]) -> "DataSection":
+    """Return which images are meant: those of ``--data``, or a run's own.
+
+    Raises:
+        ValueError: neither says.
+    """
+    from wnq.recipe import DataSection
+
+    if data is not None:
+        return DataSection(name=data, **options)
+    if target.recipe is not None:
+        return dataclasses.replace(target.recipe.data, **options)
+    raise ValueError(
+        f"{target.path} does not say which images it was trained on: pass --data, for example --data digits."
+    )
+
+
+def read_images(section: "DataSection", on_image: Any) -> "Dataset":
+    """Load the images of a ``[data]`` table.
+
+    Raises:
+        FailureError: its folder does not exist.
+    """
     from wnq.recipe import data_of
 
-    if recipe.data.folder is not None:
-        existing(Path(recipe.data.folder).expanduser())
-    return data_of(recipe.data, on_image)
+    if section.folder is not None:
+        existing(Path(section.folder).expanduser())
+    return data_of(section, on_image)
 
 
 def _check(recipe: "Recipe", data: "Dataset") -> None:
@@ -161,7 +183,13 @@ def _tracker(out: Path, recipe: "Recipe") -> "Accelerator":
     return accelerator
 
 
-def _device(name: str | None) -> "torch.device":
+def device_of(name: str | None) -> "torch.device":
+    """Return the device that ``--device`` names; by default the GPU if there is one.
+
+    Raises:
+        ValueError: it is no device.
+        FailureError: this machine has no such GPU.
+    """
     import torch
 
     try:
@@ -188,21 +216,13 @@ def evaluate(
     """Measure the accuracy on the validation images: a run's own, or those of --data."""
     from wnq.data import Batches
     from wnq.metrics import evaluate as measure
-    from wnq.recipe import DataSection, Recipe
 
     options = data_options(data_option)
-    place = _device(device)
+    place = device_of(device)
     opened = open_target(target, model, num_classes, in_channels, model_option)
-    if data is not None:
-        section = DataSection(name=data, **options)
-    elif opened.recipe is not None:
-        section = dataclasses.replace(opened.recipe.data, **options)
-    else:
-        raise ValueError(
-            f"{target} does not say which images it was trained on: pass --data, for example --data digits."
-        )
+    section = data_section(opened, data, options)
     with screen.bar("reading images") as on_image:
-        images = _load(Recipe(data=section), on_image)
+        images = read_images(section, on_image)
     screen.work()
     batches = Batches(images.val, batch_size, mean=images.mean, std=images.std, device=place)
     begin = time.perf_counter()

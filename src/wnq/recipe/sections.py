@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from wnq.data import Dataset, load_data
-from wnq.methods import get_method
+from wnq.methods import Method, get_method
 from wnq.plan import Plan, make_plan
 from wnq.procedures import Procedure, get_procedure
 from wnq.recipe.schema import check_keys, check_table, check_type, from_table
@@ -175,7 +175,18 @@ def plan_of(section: QuantizeSection, model: nn.Module) -> Plan:
     """Return the plan that a ``[quantize]`` table means for a model."""
     if section.plan is not None:
         return Plan.load(section.plan)
-    override: dict[str, Any] = {}
+    return make_plan(
+        model,
+        get_method(section.method, **section.options),
+        first_last_bits=section.first_last_bits,
+        keep_float=section.keep_float,
+        override=overrides_of(section),
+    )
+
+
+def overrides_of(section: QuantizeSection) -> dict[str, Method]:
+    """Return the exceptions of a ``[quantize]`` table: pattern -> method."""
+    override: dict[str, Method] = {}
     for index, entry in enumerate(section.override):
         where = f"[quantize] override[{index}]"
         check_keys(entry, ("pattern", "method", "options"), where)
@@ -186,13 +197,7 @@ def plan_of(section: QuantizeSection, model: nn.Module) -> Plan:
         options: dict[str, Any] = check_type(entry.get("options", {}), dict, f"{where} options")
         inherited = section.options if method == section.method else {}
         override[pattern] = get_method(method, **{**inherited, **options})
-    return make_plan(
-        model,
-        get_method(section.method, **section.options),
-        first_last_bits=section.first_last_bits,
-        keep_float=section.keep_float,
-        override=override,
-    )
+    return override
 
 
 def data_of(section: DataSection, progress: Callable[[int, int], None] | None = None) -> Dataset:
