@@ -101,7 +101,7 @@ def compare(
         contenders=contenders_of(methods, normalize),
         widths=widths_of(bits),
         seeds=tuple(range(screen.seed or 0, (screen.seed or 0) + seeds)),
-        float_train=_float_train(base, float_recipe, epochs_float),
+        float_train=float_train_of(base, float_recipe, epochs_float),
         recommended=not no_recommended,
         sweep=sweep_of(sweep),
         held_out=held_out,
@@ -210,7 +210,7 @@ def sweep_of(texts: Sequence[str] | None) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def _float_train(base: "Recipe", path: Path | None, epochs: int | None) -> "TrainConfig | None":
+def float_train_of(base: "Recipe", path: Path | None, epochs: int | None) -> "TrainConfig | None":
     """Return how the float starts are trained, or None for the recipe's own way."""
     from wnq.recipe import load_recipe
 
