@@ -10,6 +10,8 @@ first, where bit ``i`` is bit ``i % 8`` of byte ``i // 8``; the unused bits of t
 Eight codes fill exactly ``bits`` bytes, so the work is done on 64-bit words that hold eight codes, one per byte.
 Packing closes the gaps between neighbours in three steps (lanes of 16, 32, then 64 bits), unpacking opens them in the
 mirror order; every step is a few whole-array operations on a block that stays in cache, in numpy and on one thread.
+
+Rows of codes, each padded to whole 32-bit words, are the layout of compressed-tensors' ``pack-quantized`` files.
 """
 
 import functools
@@ -131,6 +133,71 @@ def unpack_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         block[...] = np.ndarray((count,), _WORD, piece, strides=(bits,))
         _open_gaps(block, scratch[:count], bits)
     return torch.from_numpy(codes[:n]).reshape(shape).to(packed.device)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row of a matrix by itself, in the ``pack-quantized`` layout of the package compressed-tensors.
+
+    A row is the stream of :func:`pack_codes`, filled up with zero bits to whole words. compressed-tensors' own
+    ``unpack_from_int32`` returns ``codes - 2**(bits - 1)``.
+
+    Args:
+        codes: uint8 ``(rows, columns)``, values in ``[0, 2**bits)``.
+        bits: width of a code, 1 to 8.
+
+    Returns:
+        int32 ``(rows, row_words(columns, bits))`` on the device of ``codes``; little-endian when written to a file.
+
+    Raises:
+        ValueError: ``codes`` is no matrix, or as for :func:`pack_codes`.
+    """
+    if codes.ndim != 2:
+        raise ValueError(f"pack_rows: codes must have 2 dimensions, got shape {tuple(codes.shape)}.")
+    rows, columns = codes.shape
+    words = row_words(columns, bits)
+    # 32 codes fill exactly `bits` words.
+    packed = pack_codes(torch.nn.functional.pad(codes, (0, -columns % 32)), bits)
+    whole: npt.NDArray[np.int32] = packed.cpu().numpy().view("<i4").astype(np.int32)
+    whole = whole.reshape(rows, (columns + 31) // 32 * bits)
+    return torch.from_numpy(whole[:, :words].copy()).to(codes.device)
+
+
+def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo :func:`pack_rows`.
+
+    Args:
+        packed: int32 ``(rows, row_words(columns, bits))``.
+        bits: width of a code, 1 to 8.
+        columns: number of codes in a row.
+
+    Returns:
+        uint8 ``(rows, columns)``, values in ``[0, 2**bits)``, on the device of ``packed``.
+
+    Raises:
+        ValueError: ``packed`` is not an int32 matrix of the width that ``columns`` needs, or a bit after the last code of a
+            row is set.
+    """
+    words = row_words(columns, bits)
+    if packed.dtype != torch.int32 or packed.ndim != 2 or packed.shape[1] != words:
+        raise ValueError(
+            f"unpack_rows: rows of {columns} codes at {bits} bits take int32 of shape (rows, {words}), "
+            f"got {packed.dtype} of shape {tuple(packed.shape)}."
+        )
+    rows, groups = packed.shape[0], (columns + 31) // 32
+    whole = torch.nn.functional.pad(packed.detach().cpu(), (0, groups * bits - words))
+    stream = torch.from_numpy(whole.numpy().astype("<i4").reshape(-1).view(np.uint8))
+    codes = unpack_codes(stream, bits, (rows, groups * 32))
+    if bool(codes[:, columns:].any()):
+        raise ValueError(
+            "unpack_rows: the bits after the last code of a row must be zero; "
+            "the words are damaged or were not written by pack_rows."
+        )
+    return codes[:, :columns].contiguous().to(packed.device)
+
+
+def row_words(columns: int, bits: int) -> int:
+    """Return the number of 32-bit words that a row of ``columns`` codes takes: ``ceil(columns * bits / 32)``."""
+    return (packed_size(columns, bits) + 3) // 4
 
 
 def _blocks(n_words: int) -> Iterator[tuple[int, int]]:

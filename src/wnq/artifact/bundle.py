@@ -16,6 +16,12 @@ PREFIX = "small."
 LIMIT = 4096
 """Bytes from which a tensor keeps an entry of its own."""
 
+MAX_TENSORS = 1 << 13
+"""Small tensors that a file may have, and large ones: reading each takes time, and a table that repeats one kind is short."""
+
+MAX_LENGTH, MAX_DIMS = 2**48, 64
+"""Bounds of a shape that a file may give: products of more, or longer, dimensions are refused before they are computed."""
+
 
 def bundle(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Lay tensors end to end.
@@ -55,25 +61,15 @@ def unbundle(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
     kinds, modules = _lists(table)
     used = dict.fromkeys(tensors, 0)
     found: dict[str, Tensor] = {}
-    for row in modules:
-        match row:
-            case [str(path), int(index)] if type(index) is int and 0 <= index < len(kinds):
-                entries = kinds[index]
-            case _:
-                raise ValueError(f"a module of the table of small tensors must be [path, kind number], got {row!r:.80}")
-        if not isinstance(entries, dict):
-            raise ValueError(f"a kind of the table of small tensors must be an object, got {entries!r:.80}")
-        for name, entry in sorted(entries.items()):
-            dtype, shape = _entry(name, entry)
+    for path, index in modules:
+        for name, dtype, shape, size in kinds[index]:
             bundled = tensors.get(PREFIX + dtype)
-            start, size = used.get(PREFIX + dtype, 0), math.prod(shape)
+            start = used.get(PREFIX + dtype, 0)
             key = f"{path}.{name}" if path else name
             if bundled is None or _name(bundled.dtype) != dtype or bundled.ndim != 1 or start + size > bundled.numel():
                 raise ValueError(f"tensor {key!r} of {dtype[:20]} {str(shape)[:80]} is not in the file")
             if key in found:
                 raise ValueError(f"tensor {key!r} stands twice in the table of small tensors")
-            if math.prod(max(1, length) for length in shape) >= 2**48:  # of no elements: torch's strides would overflow
-                raise ValueError(f"tensor {key!r} cannot have the shape {str(shape)[:80]}")
             found[key] = bundled[start : start + size].reshape(shape).clone()
             used[PREFIX + dtype] = start + size
     for name, end in used.items():
@@ -82,20 +78,45 @@ def unbundle(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
     return found
 
 
-def _lists(table: Any) -> tuple[list[Any], list[Any]]:
+def _lists(table: Any) -> tuple[list[list[tuple[str, str, list[int], int]]], list[tuple[str, int]]]:
+    """Return the kinds, each a list of name, dtype, shape and number of elements, and the modules."""
     match table:
-        case {"kinds": list(kinds), "modules": list(modules)} if len(table) == 2:
-            return kinds, modules
+        case {"kinds": list(listed), "modules": list(rows)} if len(table) == 2:
+            kinds = [_kind(entries) for entries in listed]
         case _:
             raise ValueError("the table of small tensors must have the lists 'kinds' and 'modules'")
+    modules: list[tuple[str, int]] = []
+    count = 0
+    for row in rows:
+        match row:
+            case [str(path), int(index)] if type(index) is int and 0 <= index < len(kinds):
+                modules.append((path, index))
+                count += len(kinds[index])
+            case _:
+                raise ValueError(f"a module of the table of small tensors must be [path, kind number], got {row!r:.80}")
+    if count > MAX_TENSORS:
+        raise ValueError(f"the table of small tensors has {count:,} entries, more than {MAX_TENSORS:,}")
+    return kinds, modules
 
 
-def _entry(name: str, entry: Any) -> tuple[str, list[int]]:
-    match entry:
-        case [str(dtype), list(shape)] if all(type(length) is int and length >= 0 for length in shape):
-            return dtype, shape
-        case _:
-            raise ValueError(f"small tensor {name!r} must have [dtype, shape], got {entry!r:.80}")
+def _kind(entries: Any) -> list[tuple[str, str, list[int], int]]:
+    if not isinstance(entries, dict):
+        raise ValueError(f"a kind of the table of small tensors must be an object, got {entries!r:.80}")
+    found: list[tuple[str, str, list[int], int]] = []
+    for name, entry in sorted(entries.items()):
+        match entry:
+            case [str(dtype), list(shape)] if is_shape(shape):
+                found.append((name, dtype, shape, math.prod(shape)))
+            case _:
+                raise ValueError(f"small tensor {name!r} must have [dtype, shape], got {entry!r:.80}")
+    return found
+
+
+def is_shape(lengths: list[Any]) -> bool:
+    """Return whether a list from a file is a shape whose elements torch can count, even where there are none."""
+    if len(lengths) > MAX_DIMS or not all(type(length) is int and 0 <= length < MAX_LENGTH for length in lengths):
+        return False
+    return math.prod(max(1, length) for length in lengths) < MAX_LENGTH
 
 
 def _split(key: str) -> tuple[str, str]:

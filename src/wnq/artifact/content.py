@@ -1,25 +1,23 @@
-"""The content of a file, decoded and checked: against itself at once, against a model on request."""
+"""The content of a file, checked: against itself at once, against a model on request; decoded only after that."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from wnq.artifact.container import PACKED, ArtifactError
+from wnq.artifact.coding import Stored
+from wnq.artifact.container import ArtifactError
+from wnq.artifact.layout import SCALE, Codes, key_of
 from wnq.artifact.manifest import Manifest
 from wnq.layers import INDEX_INPUT, channel_axis
-from wnq.packing import unpack_codes
 from wnq.prepared import weight_quantizer
 from wnq.quantizer import Quantized, Quantizer
 
-LEVELS, GRID, SCALE = "weight_levels", "weight_grid", "weight_scale"
+LEVELS, GRID = "weight_levels", "weight_grid"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-
-
-def key_of(layer: str, name: str) -> str:
-    """Return the state_dict key of a layer's tensor; the model itself has the empty name."""
-    return f"{layer}.{name}" if layer else name
 
 
 def store_levels(levels: Tensor) -> dict[str, Tensor]:
@@ -45,15 +43,28 @@ def read_levels(grid: Tensor, dtype: torch.dtype) -> Tensor:
     return (grid[..., :1].long() + grid[..., 1:2].long() * steps).to(dtype)
 
 
+@dataclass(frozen=True)
+class Book:
+    """What the codes of a layer stand for; ``levels`` in the type of ``scale``, ``nbytes`` as they lie in the file."""
+
+    levels: Tensor
+    scale: Tensor
+    nbytes: int
+
+
 class Content:
     """Everything in a file: quantized weights and the other tensors, under the float model's keys.
+
+    Making one checks types and lengths, and decodes nothing: what is decoded takes memory in proportion to what a file says, so
+    compare it with a model first where there is one.
 
     Attributes:
         where: the file, for messages.
         manifest: its metadata.
-        quantized: layer -> codes and codebook.
+        codes: the stored codes.
+        books: layer -> what its codes stand for.
         rest: key -> tensor that is no quantized weight, each stored one once.
-        state: key -> tensor, quantized weights as values, shared tensors under every key; what a loaded model has.
+        signatures: key -> shape and dtype of everything in :attr:`state`.
 
     Raises:
         ArtifactError: tensors are missing or do not fit the metadata or each other.
@@ -65,36 +76,62 @@ class Content:
         if manifest.dtype not in _DTYPES:
             raise ArtifactError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {manifest.dtype!r:.40}.")
         self.dtype = _DTYPES[manifest.dtype]
-        planned = {e.name for e in manifest.plan.layers if e.method.weight is not None and e.tied_to is None}
-        if differ := set(manifest.stored) ^ planned:
+        planned = {e.name: e.shape for e in manifest.plan.layers if e.method.weight is not None and e.tied_to is None}
+        if differ := set(manifest.stored) ^ planned.keys():
             name = min(differ)
             raise ArtifactError(f"{where}: the plan and the stored weights disagree on layer {name!r}.")
         self.rest = dict(tensors)
-        self.quantized = {e.name: self._take(e.name, e.shape) for e in manifest.plan.layers if e.name in planned}
-        self.state = self.rest | {
+        layers = {name: (shape, manifest.stored[name]) for name, shape in planned.items()}
+        try:
+            self.codes = Codes(manifest.version, manifest.coding, self.rest, layers)
+        except ValueError as error:
+            raise ArtifactError(f"{where}: {error}.") from None
+        self.books = {name: self._book(name, *layers[name]) for name in layers}
+        self.signatures: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self.rest.items()
+        }
+        self.signatures |= {key_of(name, "weight"): (shape, self.dtype) for name, shape in planned.items()}
+        for key, target in sorted(manifest.aliases.items()):
+            if key in self.signatures or target in manifest.aliases or target not in self.signatures:
+                raise ArtifactError(f"{where}: {key!r} is said to share {target!r}, which cannot be.")
+        self.signatures |= {key: self.signatures[target] for key, target in manifest.aliases.items()}
+
+    @cached_property
+    def quantized(self) -> dict[str, Quantized]:
+        """Layer -> codes and codebook.
+
+        Raises:
+            ArtifactError: codes are damaged.
+            ModuleNotFoundError: the package that decodes them is not installed.
+        """
+        return {name: self._decode(name, book) for name, book in self.books.items()}
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Key -> tensor, quantized weights as values, shared tensors under every key; what a loaded model has."""
+        state = self.rest | {
             key_of(name, "weight"): quantized.dequantize().to(self.dtype) for name, quantized in self.quantized.items()
         }
-        for key, target in sorted(manifest.aliases.items()):
-            if key in self.state or target in manifest.aliases or target not in self.state:
-                raise ArtifactError(f"{where}: {key!r} is said to share {target!r}, which cannot be.")
-        self.state |= {key: self.state[target] for key, target in manifest.aliases.items()}
+        return state | {key: state[target] for key, target in self.manifest.aliases.items()}
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Quantized:
-        """Move a layer's tensors from the rest to codes and codebook."""
-        stored = self.manifest.stored[name]
-        packed, scale = self._pop(name, PACKED), self._pop(name, SCALE)
-        try:
-            codes = unpack_codes(packed, stored.bits, shape)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise ArtifactError(f"{self.where}: layer {name!r}: {error}") from None
-        channels, most = shape[stored.axis], 2**stored.bits
-        if scale.dtype not in (torch.float32, torch.float64) or tuple(scale.shape) not in ((), (channels,)):
+    def _book(self, name: str, shape: tuple[int, ...], stored: Stored) -> Book:
+        """Move a layer's levels and scale out of the rest."""
+        scale = self._pop(name, SCALE)
+        channels, most = shape[stored.axis], 2**stored.bits - stored.shift
+        # Version 1 had scales of shape () and (channels,); what other packages read has one dimension more.
+        forms = ((), (channels,)) if self.manifest.version == 1 else ((1,), (channels, 1))
+        if (
+            scale.dtype not in (torch.float32, torch.float64)
+            or tuple(scale.shape) not in forms
+            or not bool(torch.isfinite(scale).all())
+        ):
             raise ArtifactError(
                 f"{self.where}: layer {name!r} of {channels} channels cannot have a scale of {scale.dtype} "
-                f"and shape {tuple(scale.shape)}."
+                f"and shape {tuple(scale.shape)}{_worst(scale)}."
             )
         gridded = key_of(name, GRID) in self.rest
         levels = self._pop(name, GRID if gridded else LEVELS)
+        nbytes = levels.nbytes
         fits = levels.ndim > 0 and tuple(levels.shape[:-1]) in ((), (channels,))
         if gridded and fits:
             fits = levels.dtype == torch.int16 and levels.shape[-1] == 3 and levels.numel() > 0
@@ -103,16 +140,27 @@ class Content:
             levels = read_levels(levels, scale.dtype) if fits else levels
         elif fits:
             fits = levels.dtype in (torch.int8, torch.int16, scale.dtype) and levels.shape[-1] <= most
+            fits = fits and bool(torch.isfinite(levels).all())
         if not fits:
             raise ArtifactError(
                 f"{self.where}: layer {name!r} of shape {shape} at {stored.bits} bits cannot have levels of "
-                f"{levels.dtype} and shape {tuple(levels.shape)}."
+                f"{levels.dtype} and shape {tuple(levels.shape)}{_worst(levels)}."
             )
-        if codes.numel() and int(codes.max()) >= levels.shape[-1]:
+        scale = scale.reshape(() if tuple(scale.shape) == forms[0] else (channels,))
+        return Book(levels.to(scale.dtype), scale, nbytes)
+
+    def _decode(self, name: str, book: Book) -> Quantized:
+        try:
+            codes = self.codes.decode(name)
+        except ValueError as error:
+            raise ArtifactError(f"{self.where}: layer {name!r}: {error}.") from None
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{self.where}: layer {name!r}: {error}", name=error.name) from None
+        if codes.numel() and int(codes.max()) >= book.levels.shape[-1]:
             raise ArtifactError(
-                f"{self.where}: layer {name!r} has code {int(codes.max())} but only {levels.shape[-1]} levels."
+                f"{self.where}: layer {name!r} has code {int(codes.max())} but only {book.levels.shape[-1]} levels."
             )
-        return Quantized(codes, levels.to(scale.dtype), scale, stored.axis)
+        return Quantized(codes, book.levels, book.scale, self.manifest.stored[name].axis)
 
     def _pop(self, name: str, part: str) -> Tensor:
         key = key_of(name, part)
@@ -122,15 +170,15 @@ class Content:
 
     def is_input_state(self, key: str) -> bool:
         """Return whether a key of :attr:`state` belongs to an input quantizer."""
-        key = self.manifest.aliases.get(key, key)
-        return any(
-            key.startswith(key_of(entry.name, "input_quantizer."))
-            for entry in self.manifest.plan.layers
-            if entry.method.input is not None
-        )
+        layer, part, _ = self.manifest.aliases.get(key, key).partition("input_quantizer.")
+        return bool(part) and layer.removesuffix(".") in self._with_input
+
+    @cached_property
+    def _with_input(self) -> set[str]:
+        return {entry.name for entry in self.manifest.plan.layers if entry.method.input is not None}
 
     def check_fits(self, model: nn.Module) -> None:
-        """Compare layers, keys, shapes and dtypes with a float model, which is only read.
+        """Compare layers, keys, shapes and dtypes with a float model, which is only read; nothing is decoded.
 
         Raises:
             ArtifactError: the first difference, with both sides.
@@ -158,18 +206,22 @@ class Content:
                 prefix = key_of(path, "input_quantizer.")
                 expected |= {prefix + key: value for key, value in inputs[module].state_dict().items()}
         for keys, problem in (
-            (expected.keys() - self.state.keys(), "is in the model but not in the file"),
-            (self.state.keys() - expected.keys(), "is in the file but not in the model"),
+            (expected.keys() - self.signatures.keys(), "is in the model but not in the file"),
+            (self.signatures.keys() - expected.keys(), "is in the file but not in the model"),
         ):
             if keys:
                 more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
                 raise ArtifactError(
                     f"{self.where}: tensor {min(keys)!r}{more} {problem}; it was saved from another one."
                 )
-        for key, tensor in self.state.items():
-            self._compare(f"tensor {key!r}", "shape", tuple(tensor.shape), tuple(expected[key].shape))
-            self._compare(f"tensor {key!r}", "dtype", tensor.dtype, expected[key].dtype)
+        for key, (shape, dtype) in self.signatures.items():
+            self._compare(f"tensor {key!r}", "shape", shape, tuple(expected[key].shape))
+            self._compare(f"tensor {key!r}", "dtype", dtype, expected[key].dtype)
 
     def _compare(self, what: str, kind: str, mine: object, theirs: object) -> None:
         if mine != theirs:
             raise ArtifactError(f"{self.where}: {what} has {kind} {mine} in the file but {theirs} in the model.")
+
+
+def _worst(tensor: Tensor) -> str:
+    return "" if bool(torch.isfinite(tensor).all()) else ", with NaN or infinity"

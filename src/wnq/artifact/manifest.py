@@ -4,24 +4,20 @@ The JSON is compact because it counts in the size of small models: every distinc
 to leave a layer float is written once and referred to by its number.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from wnq.artifact.container import ArtifactError
+from wnq.artifact.bundle import is_shape
+from wnq.artifact.coding import Coding, Stored, read_coding
+from wnq.artifact.container import FORMAT_VERSION, ArtifactError
 from wnq.methods import Method, get_method
 from wnq.plan import FloatLayer, LayerPlan, Plan
 
 _T = TypeVar("_T")
 
-
-@dataclass(frozen=True)
-class Stored:
-    """How one weight is stored: codes of ``bits`` bits, channels along dimension ``axis``."""
-
-    bits: int
-    axis: int
+_MOST = 1 << 10
+"""Methods that a file may have; each one is built before anything else is known of the file."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,8 @@ class Manifest:
         stored: layer -> how its weight is stored; layers with a float weight or another's weight are absent.
         aliases: key of the model's float state_dict -> the key whose tensor it shares.
         dtype: floating-point type of the quantized weights in the model, for example ``float32``.
+        coding: how the codes are coded.
+        version: of the format.
         model: ``{"name": …, "options": …}`` of :func:`wnq.models.registered_model`; None for a model from elsewhere.
     """
 
@@ -41,6 +39,8 @@ class Manifest:
     aliases: Mapping[str, str]
     dtype: str
     model: Mapping[str, Any] | None
+    coding: Coding = field(default_factory=Coding)
+    version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types; :meth:`from_json` reverses it."""
@@ -53,7 +53,9 @@ class Manifest:
                 methods.append(method)
             kind = {"kind": layer.kind, "shape": list(layer.shape), "method": methods.index(method)}
             if layer.name in self.stored:
-                kind |= vars(self.stored[layer.name])
+                kind |= {
+                    key: value for key, value in asdict(self.stored[layer.name]).items() if key != "shift" or value
+                }
             if kind not in kinds:
                 kinds.append(kind)
             layers.append([layer.name, kinds.index(kind)] + ([] if layer.tied_to is None else [layer.tied_to]))
@@ -68,6 +70,7 @@ class Manifest:
                 "floats": floats,
             },
             "aliases": dict(self.aliases),
+            "coder": self.coding.to_json(),
             "dtype": self.dtype,
             "model": None if self.model is None else dict(self.model),
         }
@@ -85,10 +88,18 @@ class Manifest:
         """
         reader = _Reader(where)
         known = ("plan", "aliases", "dtype", "model", "format", "format_version", "sha256")
+        version = reader.get(document, "format_version", int)
+        coding = Coding()
+        if version > 1:
+            known += ("coder",)
+            try:
+                coding = read_coding(document.get("coder"))
+            except ValueError as error:
+                raise reader.fail(str(error)) from None
         reader.keys(document, "the metadata", known)
         plan = reader.get(document, "plan", dict)
         reader.keys(plan, "plan", ("methods", "kinds", "layers", "reasons", "floats"))
-        methods = [reader.method(entry) for entry in reader.get(plan, "methods", list)]
+        methods = [reader.method(entry) for entry in reader.few(plan, "methods")]
         layers: dict[str, LayerPlan] = {}
         stored: dict[str, Stored] = {}
         kinds = reader.get(plan, "kinds", list)
@@ -110,6 +121,8 @@ class Manifest:
             },
             dtype=reader.get(document, "dtype", str),
             model=model,
+            coding=coding,
+            version=version,
         )
 
 
@@ -134,6 +147,12 @@ class _Reader:
             raise self.fail(f"the metadata has no {key!r}")
         return self.typed(source[key], kind, repr(key))
 
+    def few(self, source: Mapping[str, Any], key: str) -> list[Any]:
+        entries = self.get(source, key, list)
+        if len(entries) > _MOST:
+            raise self.fail(f"{key!r} has {len(entries):,} entries, more than {_MOST:,}")
+        return entries
+
     def keys(self, source: Mapping[str, Any], what: str, known: tuple[str, ...]) -> None:
         if unknown := sorted(source.keys() - set(known)):
             raise self.fail(f"{what} has the unknown key {unknown[0]!r}; known: {', '.join(known)}")
@@ -156,7 +175,7 @@ class _Reader:
         name, index, *owner = self.row(value, (str, int, str) if tied else (str, int), "a layer")
         if not 0 <= index < len(kinds):
             raise self.fail(f"layer {name!r} has kind number {index} of {len(kinds)}")
-        kind = self.mapping(kinds[index], "a kind of layer", ("kind", "shape", "method", "bits", "axis"))
+        kind = self.mapping(kinds[index], "a kind of layer", ("kind", "shape", "method", "bits", "axis", "shift"))
         return name, kind, owner[0] if owner else None
 
     def layer(
@@ -167,12 +186,11 @@ class _Reader:
         methods: list[Method],
         earlier: Mapping[str, LayerPlan],
     ) -> LayerPlan:
-        shape = tuple(self.typed(d, int, f"a dimension of layer {name!r}") for d in self.get(row, "shape", list))
+        shape = tuple(self.get(row, "shape", list))
         index = self.get(row, "method", int)
         if name in earlier:
             raise self.fail(f"layer {name!r} stands twice in the plan")
-        # Without elements, lengths are not bounded by the packed tensor; torch's strides must not overflow.
-        if not shape or min(shape) < 0 or math.prod(max(1, length) for length in shape) >= 2**48:
+        if not shape or not is_shape(list(shape)):
             raise self.fail(f"layer {name!r} has the impossible shape {str(shape)[:80]}")
         if not 0 <= index < len(methods):
             raise self.fail(f"layer {name!r} has method number {index} of {len(methods)}")
@@ -186,7 +204,10 @@ class _Reader:
             raise self.fail(f"layer {layer.name!r} must have 1 to 8 bits, got {bits}")
         if not 0 <= axis < len(layer.shape):
             raise self.fail(f"layer {layer.name!r} of {len(layer.shape)} dimensions has channel axis {axis}")
-        return Stored(bits, axis)
+        shift = self.get(row, "shift", int) if "shift" in row else 0
+        if not 0 <= shift < 2**bits:
+            raise self.fail(f"layer {layer.name!r} at {bits} bits has its codes shifted by {shift!r:.40}")
+        return Stored(bits, axis, shift)
 
     def floats(self, plan: Mapping[str, Any]) -> tuple[FloatLayer, ...]:
         reasons = [self.row(row, (str, str), "a reason") for row in self.get(plan, "reasons", list)]

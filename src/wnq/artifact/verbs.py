@@ -1,101 +1,66 @@
 """Saving a quantized model as a small file, and everything that is done with that file.
 
-The file holds, for each quantized layer, ``<layer>.weight_packed`` (codes, :mod:`wnq.packing`), ``<layer>.weight_grid``
-or ``<layer>.weight_levels``, and ``<layer>.weight_scale``; and every other tensor of the model's state under its own
+The file holds, for each quantized layer, its codes (:mod:`wnq.artifact.layout`), ``<layer>.weight_grid`` or
+``<layer>.weight_levels``, and ``<layer>.weight_scale``; and every other tensor of the model's state under its own
 name. Weights that layers share are stored once. Training-only state, such as float weights and learned steps of weight
 quantizers, is left out: a loaded model is for inference.
 """
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wnq.artifact.container import PACKED, ArtifactError, header_size, read_artifact, write_artifact
-from wnq.artifact.content import GRID, LEVELS, SCALE, Content, key_of, store_levels
-from wnq.artifact.manifest import Manifest, Stored
+from wnq.artifact.coders import CODERS, versions
+from wnq.artifact.coding import Coding, Stored
+from wnq.artifact.container import ArtifactError, read_artifact, write_artifact
+from wnq.artifact.content import Content, store_levels
+from wnq.artifact.layout import CODED, SCALE, SHAPE, key_of, shift_of, store_coded, store_rows, to_matrix
+from wnq.artifact.manifest import Manifest
+from wnq.artifact.sizes import SizeReport, sizes_of
 from wnq.attach import attach_codebook_, attach_sides_, get_plan, quantized_layers, set_plan_
 from wnq.models import registered_model
-from wnq.packing import pack_codes
+from wnq.names import check_choice
 from wnq.prepared import deployed, float_weight, weight_quantizer
+from wnq.quantizer import check_finite
 
 
-@dataclass(frozen=True)
-class LayerSize:
-    """One stored weight: ``packed_bytes`` are its codes in the file, ``float_bytes`` the same weight as float32."""
-
-    name: str
-    shape: tuple[int, ...]
-    bits: int
-    weights: int
-    packed_bytes: int
-    float_bytes: int
-
-
-@dataclass(frozen=True)
-class SizeReport:
-    """Where the bytes of a file are. ``packed + codebooks + rest + header == file``.
-
-    Attributes:
-        layers: one row a stored weight; a weight that layers share comes once.
-        packed_bytes: codes of all weights.
-        codebook_bytes: levels and scales.
-        rest_bytes: all other tensors: biases, normalization, float layers, input quantizers.
-        header_bytes: table of tensors and metadata.
-        file_bytes: the whole file.
-        float_bytes: the model's float state_dict with float32 weights.
-        sha256: of the file.
-    """
-
-    layers: tuple[LayerSize, ...]
-    packed_bytes: int
-    codebook_bytes: int
-    rest_bytes: int
-    header_bytes: int
-    file_bytes: int
-    float_bytes: int
-    sha256: str
-
-    @property
-    def weights(self) -> int:
-        """Number of quantized weights."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the file is than the float32 state."""
-        return self.float_bytes / self.file_bytes
-
-
-def save(model: nn.Module, path: str | Path) -> SizeReport:
-    """Save a quantized or frozen model; the same model gives the same bytes.
+def save(model: nn.Module, path: str | Path, *, coder: str = "none") -> SizeReport:
+    """Save a quantized or frozen model; the same model, by the same packages, gives the same bytes.
 
     Args:
         model: what :func:`wnq.quantize_` returned, trained; its input quantizers have met a batch. It is only read.
         path: where to; an existing file is replaced only once the new one is complete.
+        coder: ``none``: codes at their width, in the layout of compressed-tensors; ``zstd``: each layer by Zstandard where
+            that is smaller; ``ans``: each layer by the smallest of those and of an entropy coder. All load to the same model.
 
     Returns:
-        The sizes, read back from the file, whose checksums are thereby verified.
+        The sizes, read back from the file, whose checksums and codes are thereby verified.
 
     Raises:
-        ValueError: the model carries no plan, its layers are not those of the plan, or a weight is not finite.
+        ValueError: the model carries no plan, its layers are not those of the plan, a weight or scale is not finite, or there
+            is no such coder.
+        ModuleNotFoundError: the coder's package is not installed.
         OSError: the file cannot be written; what stood there is untouched.
     """
+    versions(check_choice(coder, CODERS, where="coder"))
     model = _unwrapped(model)
     plan = get_plan(model)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Stored] = {}
+    matrices: dict[str, Tensor] = {}
     dtypes: set[torch.dtype] = set()
     for name, layer, quantizer in quantized_layers(model):
         weight = float_weight(layer).detach()
         quantized = deployed(quantizer, weight)
-        tensors[key_of(name, PACKED)] = pack_codes(quantized.codes, quantizer.bits)
-        tensors |= {key_of(name, part): levels for part, levels in store_levels(quantized.levels.cpu()).items()}
-        tensors[key_of(name, SCALE)] = quantized.scale
-        stored[name] = Stored(quantizer.bits, quantized.axis)
+        for part, values in (("scale", quantized.scale), ("levels", quantized.levels)):
+            check_finite(values, where=f"the {part} of layer {name!r}")
+        levels = quantized.levels.cpu()
+        tensors |= {key_of(name, part): stored_levels for part, stored_levels in store_levels(levels).items()}
+        tensors[key_of(name, SCALE)] = quantized.scale.unsqueeze(-1)
+        stored[name] = Stored(quantizer.bits, quantized.axis, shift_of(levels, quantizer.bits))
+        matrices[name] = to_matrix(quantized.codes.cpu(), quantized.axis) + stored[name].shift
         dtypes.add(weight.dtype)
     planned = {layer.name for layer in plan.layers if layer.method.weight is not None and layer.tied_to is None}
     if stored.keys() != planned:
@@ -107,12 +72,22 @@ def save(model: nn.Module, path: str | Path) -> SizeReport:
         raise ValueError(
             f"the quantized weights must have one dtype, got {sorted(map(str, dtypes))}; use model.to(dtype)."
         )
+    coding = Coding()
+    if coder == "none":
+        for name, matrix in matrices.items():
+            tensors |= store_rows(name, matrix, stored[name].bits)
+    else:
+        ordered = {entry.name: matrices[entry.name] for entry in plan.layers if entry.name in matrices}
+        tensors[CODED], coding = store_coded(ordered, {name: entry.bits for name, entry in stored.items()}, coder)
     rest, aliases = _other_state(model)
     if taken := sorted(rest.keys() & tensors.keys()):
         raise ValueError(f"the model's own tensor {taken[0]!r} has a name that the file uses; rename it.")
     registered: dict[str, Any] | None = vars(model).get("wnq_model")
     dtype = str(dtypes.pop() if dtypes else torch.float32).removeprefix("torch.")
-    write_artifact(path, tensors | rest, Manifest(plan, stored, aliases, dtype, registered).to_json())
+    # Under their own names, not in the bundle of small tensors, other packages find what they need to unpack the codes.
+    apart = {key_of(name, part) for name in stored for part in (SCALE, SHAPE)} if coder == "none" else {CODED}
+    metadata = Manifest(plan, stored, aliases, dtype, registered, coding).to_json()
+    write_artifact(path, tensors | rest, metadata, apart=apart)
     return inspect_file(path)
 
 
@@ -127,9 +102,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ArtifactError: the file is no valid artifact, does not fit the model, or names no registered model where none
             is given.
+        ModuleNotFoundError: the package that decodes the file is not installed.
     """
-    tensors, document = read_artifact(path)
-    content = Content(str(path), Manifest.from_json(document, where=str(path)), tensors)
+    content = _content(path)
     if model is None:
         content.check_fits(_registered(content, meta=True))
         model = _registered(content, meta=False)
@@ -165,46 +140,25 @@ def unpack_file(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         ArtifactError: the file is no valid artifact.
+        ModuleNotFoundError: the package that decodes the file is not installed.
     """
-    tensors, document = read_artifact(path)
-    content = Content(str(path), Manifest.from_json(document, where=str(path)), tensors)
+    content = _content(path)
     return {key: tensor for key, tensor in content.state.items() if not content.is_input_state(key)}
 
 
 def inspect_file(path: str | Path) -> SizeReport:
-    """Return where the bytes of a file are, without building a model; its checksums are verified.
+    """Return where the bytes of a file are, without building a model; its checksums are verified and its codes decoded.
 
     Raises:
         ArtifactError: the file is no valid artifact.
+        ModuleNotFoundError: the package that decodes the file is not installed.
     """
+    return sizes_of(_content(path), path)
+
+
+def _content(path: str | Path) -> Content:
     tensors, document = read_artifact(path)
-    content = Content(str(path), Manifest.from_json(document, where=str(path)), tensors)
-    layers = tuple(
-        LayerSize(
-            name=name,
-            shape=tuple(quantized.codes.shape),
-            bits=content.manifest.stored[name].bits,
-            weights=quantized.codes.numel(),
-            packed_bytes=tensors[key_of(name, PACKED)].nbytes,
-            float_bytes=4 * quantized.codes.numel(),
-        )
-        for name, quantized in content.quantized.items()
-    )
-    books = [tensors.get(key_of(name, part)) for name in content.quantized for part in (LEVELS, GRID, SCALE)]
-    codebooks = sum(tensor.nbytes for tensor in books if tensor is not None)
-    packed_bytes = sum(layer.packed_bytes for layer in layers)
-    rest_bytes = sum(tensor.nbytes for tensor in tensors.values()) - packed_bytes - codebooks
-    other = {key: t for key, t in content.rest.items() if not content.is_input_state(key)}
-    return SizeReport(
-        layers=layers,
-        packed_bytes=packed_bytes,
-        codebook_bytes=codebooks,
-        rest_bytes=rest_bytes,
-        header_bytes=header_size(path),
-        file_bytes=Path(path).stat().st_size,
-        float_bytes=sum(layer.float_bytes for layer in layers) + sum(tensor.nbytes for tensor in other.values()),
-        sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-    )
+    return Content(str(path), Manifest.from_json(document, where=str(path)), tensors)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
