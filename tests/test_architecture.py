@@ -10,18 +10,20 @@ SOURCE = Path(wnq.__file__).parent
 # Each room may import those before it; rooms of one rank do not know each other.
 RANKS = [
     {"ste", "files", "layers", "environment", "names"},
-    {"quantizer", "registered"},
-    {"normalizers", "starting", "packing", "bases"},
+    {"quantizer", "registered", "drawing"},
+    {"normalizers", "starting", "packing", "bases", "theory"},
     {"learned_step"},
     {"normalized", "activations"},
     {"methods", "prepared"},
     {"plan"},
     {"plan_table", "attach"},
-    {"testing", "tails", "models", "data", "folding", "procedures"},
-    {"analysis", "artifact", "metrics"},
-    {"report", "train"},
+    {"testing", "tails", "clipping", "checkpoints", "models", "data", "folding", "procedures"},
+    {"analysis", "artifact", "metrics", "recorder", "sensitivity", "budget"},
+    {"integer", "allocation", "integrations"},
+    {"export", "report", "train"},
     {"recipe"},
     {"demo", "compare"},
+    {"settle"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

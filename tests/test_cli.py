@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from wnq import cli, methods
 from wnq.models import build_model
 
-COMMANDS = ["demo", "methods", "plan", "train", "evaluate", "compare", "stats", "report", "pack", "inspect", "unpack"]
+COMMANDS = [
+    *("demo", "methods", "plan", "train", "evaluate", "compare", "settle", "sensitivity", "stats", "report"),
+    *("pack", "inspect", "unpack", "export"),
+]
 
 FLOAT = '[model]\nname = "digits_cnn"\n[data]\nlimit = 200\n[train]\nepochs = 1\nbatch_size = 50\n'
 QUANTIZED = """

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import wnq
 
@@ -45,25 +44,6 @@ def test_the_guides_methods_and_folding_run():
     for code in blocks("docs/guide.md")[2:4]:
         exec(compile(code, "guide", "exec"), names)
     assert names["pairs"] and not any(isinstance(m, torch.nn.BatchNorm2d) for m in names["model"].modules())
-
-
-def test_the_format_pages_reader_reads_a_file(tmp_path):
-    names = {}
-    exec(compile(blocks("docs/format.md")[0], "format", "exec"), names)
-    torch.manual_seed(0)
-    model = wnq.build_model("digits_cnn")
-    wnq.quantize_(model, wnq.make_plan(model, wnq.get_method("wnq", w_bits=3, a_bits=32), first_last_bits=None))
-    wnq.save(model, tmp_path / "m.safetensors")
-    checked = 0
-    with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        for name, _, quantizer in wnq.quantized_layers(model):
-            expected = (
-                quantizer.quantize(wnq.prepared.float_weight(model.get_submodule(name))).codes.reshape(-1).tolist()
-            )
-            packed = bytes(file.get_tensor(f"{name}.weight_packed").tolist())
-            assert names["unpack"](packed, 3, len(expected)) == expected
-            checked += 1
-    assert checked == 4
 
 
 def modules():

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wnq.activations import register_input
+    from wnq.allocation import plan_for_budget
     from wnq.analysis import LayerStats, collect_evidence, layer_stats, weight_stats
     from wnq.artifact import ArtifactError, SizeReport, inspect_file, load, save, unpack_file
     from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
+    from wnq.budget import parse_budget
+    from wnq.checkpoints import open_checkpoint
     from wnq.data import load_data
     from wnq.folding import batchnorm_pairs, fold_batchnorm_, merge_batchnorm_
     from wnq.methods import Method, get_method, list_inputs, list_methods, register
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from wnq.plan_table import format_plan
     from wnq.quantizer import CodebookQuantizer, Quantized, Quantizer, Uniform
     from wnq.recipe import load_recipe, load_run, run_recipe
+    from wnq.recorder import TailRecorder
     from wnq.report import write_report
+    from wnq.sensitivity import Prober, load_sensitivity, measure_sensitivity
     from wnq.train import TrainConfig, fit
 
 __version__ = "0.1.0"
@@ -43,6 +48,11 @@ _MODULES = {
     "recipe": ("load_recipe", "load_run", "run_recipe"),
     "report": ("write_report",),
     "train": ("TrainConfig", "fit"),
+    "allocation": ("plan_for_budget",),
+    "budget": ("parse_budget",),
+    "checkpoints": ("open_checkpoint",),
+    "recorder": ("TailRecorder",),
+    "sensitivity": ("Prober", "load_sensitivity", "measure_sensitivity"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -52,9 +62,11 @@ __all__ = [
     "LayerStats",
     "Method",
     "Plan",
+    "Prober",
     "Quantized",
     "Quantizer",
     "SizeReport",
+    "TailRecorder",
     "TrainConfig",
     "Uniform",
     "batchnorm_pairs",
@@ -78,10 +90,15 @@ __all__ = [
     "load_data",
     "load_recipe",
     "load_run",
+    "load_sensitivity",
     "make_plan",
+    "measure_sensitivity",
     "merge_batchnorm_",
     "normalize_",
+    "open_checkpoint",
     "param_groups",
+    "parse_budget",
+    "plan_for_budget",
     "quantize_",
     "quantized_layers",
     "register",

@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wnq.cli import compare, demo, evidence, files, planning, training
+from wnq.cli import compare, demo, evidence, export, files, planning, sensitivity, settle, training
 
 app = typer.Typer(
     name="wnq",
@@ -37,8 +37,11 @@ for register in (
     planning.register,
     training.register,
     compare.register,
+    settle.register,
+    sensitivity.register,
     evidence.register,
     files.register,
+    export.register,
 ):
     register(app)
 

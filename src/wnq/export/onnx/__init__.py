@@ -1,0 +1,7 @@
+"""The ``onnx`` dialect: one Q/DQ file for ONNX Runtime and OpenVINO, in a fast and a small flavour of the same numbers."""
+
+from wnq.export.onnx.small import unpack_
+from wnq.export.onnx.tracing import trace
+from wnq.export.onnx.writing import FLAVOURS, OnnxFile, write_onnx
+
+__all__ = ["FLAVOURS", "OnnxFile", "trace", "unpack_", "write_onnx"]
