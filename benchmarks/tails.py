@@ -296,8 +296,8 @@ def main() -> None:
         "checkpoint": f"{count:,} parameters in {number} tensors, the largest {most:,}; Student's t with 6 degrees of freedom, "
         f"seed {options.seed}",
         "rates": f"GB of float32 a second, 4 bytes a parameter, whatever the file's type; {options.rounds} rounds of the jobs "
-        f"that are short, {LONG_ROUNDS} of the others (clip rules, codes, plain NumPy), each process in turn; best and median by the "
-        "clock. 'GB a processor second' depends less on who else uses the machine: best, over user and system time.",
+        f"that are short, {LONG_ROUNDS} of the others (clip rules, codes, plain NumPy), each process in turn; best and median by "
+        "the clock. 'GB a processor second' depends less on who else uses the machine: best, over user and system time.",
         "page cache": "warm: the file was just written or read, and the system holds it in memory; cold: it was dropped before "
         "each pass",
         "memory": "most resident memory of the process, its mapped file included; at start: after the imports",
