@@ -443,11 +443,12 @@ print(resident() - start)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory as Linux counts it")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_file(tmp_path: Path, suffix: str):
-    largest = 16 * 2**20
+    largest = 32 * 2**20
     weight = torch.randn(2048, largest // 8192, generator=torch.Generator().manual_seed(0))
-    tensors = {f"{i}.weight": weight.clone() for i in range(12)}
+    tensors = {f"{i}.weight": weight.clone() for i in range(6)}
     file = tmp_path / f"large{suffix}"
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
     run = subprocess.run([sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, check=True)
-    # Three tensors, what a torch file may keep, and what the first call of everything takes; the file is 192 MiB.
-    assert int(run.stdout) < 3 * largest + pickled.KEPT + 64 * 2**20, int(run.stdout) / 2**20
+    # Three tensors, what a torch file may keep, and some room; the file is 192 MiB, and twice that in float64.
+    allowed = 3 * largest + 32 * 2**20 + (pickled.KEPT if suffix == ".pt" else 0)
+    assert int(run.stdout) < allowed, int(run.stdout) / 2**20

@@ -134,7 +134,12 @@ def test_the_page_shows_results_that_are_there():
     results = json.loads(
         (Path(__file__).parent.parent / "benchmarks" / "results" / name).with_suffix(".json").read_text()
     )
-    assert results["theme"] == "recorder"
+    rows = {row["net"]: row for row in results["rows"]}
+    assert rows["resnet20, batch 128"]["ratio"] < 0.1 and rows["mlp of 50 M weights, batch 8"]["ratio"] < 1
+    assert rows["digits_mlp, batch 32"]["ratio"] > 1
+    for row in rows.values():
+        if row["default"] is not None:
+            assert max(row["default"]["cpu_share"], row["default"]["own_share"]) < 0.01
 
 
 @pytest.mark.slow

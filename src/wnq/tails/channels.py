@@ -41,16 +41,17 @@ def channel_stats(weight: Tensor, axis: int = 0) -> ChannelStats:
     matrix = rows_of(weight, axis)
     gather = _gather if matrix.device.type == "cpu" else _gather_on_device
     peak, square, bad = gather(matrix, None)
-    scale = torch.ones_like(peak)
+    scale = np.ones_like(peak)
     if weight.dtype == torch.float64:  # a channel of very small or very large numbers has a unit of its own
-        scale = torch.tensor([safe_scale(value) for value in peak.tolist()], dtype=torch.float64)
-        if bool((scale != 1).any()):
+        scale = np.array([safe_scale(value) for value in peak.tolist()])
+        if bool(np.any(scale != 1)):
             peak, square, bad = gather(matrix, scale)
-    rms = (square / (matrix.shape[1] - bad).clamp(min=1)).sqrt()
-    return ChannelStats(peak / scale, rms / scale, bad)
+    # By NumPy: torch may wake its threads for a root, and they cost more than all else for a while.
+    rms = np.sqrt(square / np.maximum(matrix.shape[1] - bad, 1))
+    return ChannelStats(torch.from_numpy(peak / scale), torch.from_numpy(rms / scale), torch.from_numpy(bad))
 
 
-def _gather(matrix: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(matrix: Tensor, scale: Array | None) -> tuple[Array, Array, Array]:
     """Return max|w|, sum of squares and number of non-finite elements of every row, the first two in units of 1 / its scale."""
     parts = blocks(matrix, pieces.CHUNK)
 
@@ -60,7 +61,7 @@ def _gather(matrix: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         exact = room.array(0, x.size, np.float64).reshape(x.shape)
         np.copyto(exact, x)
         if scale is not None:
-            np.multiply(exact, scale.numpy()[parts[i][0], None], out=exact)
+            np.multiply(exact, scale[parts[i][0], None], out=exact)
         finite = np.isfinite(x, out=room.array(1, x.size, np.bool_).reshape(x.shape))
         bad = x.shape[1] - np.count_nonzero(finite, axis=1)
         if bad.any():
@@ -73,17 +74,17 @@ def _gather(matrix: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         peak[rows] = np.maximum(peak[rows], high)
         square[rows] += energy
         bad[rows] += lost
-    return torch.from_numpy(peak).abs_(), torch.from_numpy(square), torch.from_numpy(bad)  # 0, not -0
+    return np.abs(peak), square, bad  # 0, not -0
 
 
-def _gather_on_device(matrix: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gather_on_device(matrix: Tensor, scale: Array | None) -> tuple[Array, Array, Array]:
     parts: list[Tensor] = []
     step = max(1, pieces.DEVICE_CHUNK // max(1, matrix.shape[1]))
-    units = scale if scale is not None else torch.ones(len(matrix), dtype=torch.float64)
+    units = torch.ones(len(matrix), dtype=torch.float64) if scale is None else torch.from_numpy(scale)
     for start in range(0, len(matrix) if matrix.numel() else 0, step):
         x = matrix[start : start + step].double() * units[start : start + step, None].to(matrix.device)
         finite = torch.isfinite(x)
         x = torch.where(finite, x, 0.0)
         parts.append(torch.stack([x.abs().amax(1), x.square().sum(1), (~finite).sum(1).double()]))
-    peak, square, bad = torch.cat(parts, 1).cpu() if parts else torch.zeros(3, len(matrix), dtype=torch.float64)
-    return peak, square, bad.long()
+    peak, square, bad = torch.cat(parts, 1).cpu().numpy() if parts else np.zeros((3, len(matrix)))
+    return peak, square, bad.astype(np.int64)

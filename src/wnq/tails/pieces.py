@@ -5,8 +5,9 @@ run side by side. The pieces and the order in which their results are joined do 
 does any result.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
@@ -26,7 +27,10 @@ T = TypeVar("T")
 
 
 class Room:
-    """Memory of one thread, used again for every piece: fresh memory costs more than the arithmetic on it."""
+    """Memory of one thread, used again for every piece: fresh memory costs more than the arithmetic on it.
+
+    That holds for small tensors too, so the rooms of a call are kept for the next one, a few MB for each thread.
+    """
 
     def __init__(self) -> None:
         self._slots: dict[int, Array] = {}
@@ -39,23 +43,36 @@ class Room:
         return held.view(dtype)[:size]
 
 
+_KEPT: deque[Room] = deque(maxlen=16)
+
+
+@contextlib.contextmanager
+def _room() -> Generator[Room, None, None]:
+    try:
+        room = _KEPT.pop()
+    except IndexError:
+        room = Room()
+    yield room
+    _KEPT.append(room)
+
+
 def in_threads(work: Callable[[int, Room], T], count: int) -> list[T]:
     """Return ``[work(0, room), …, work(count - 1, room)]``, computed by torch's number of threads where that is worth it."""
     threads = min(torch.get_num_threads(), count // 4)
     if threads < 2:
-        room = Room()
-        return [work(i, room) for i in range(count)]
+        with _room() as room:
+            return [work(i, room) for i in range(count)]
     results: dict[int, T] = {}
     todo = deque(range(count))
 
     def worker(_: int) -> None:
-        room = Room()
-        while True:
-            try:
-                i = todo.popleft()
-            except IndexError:
-                return
-            results[i] = work(i, room)
+        with _room() as room:
+            while True:
+                try:
+                    i = todo.popleft()
+                except IndexError:
+                    return
+                results[i] = work(i, room)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(worker, range(threads)))

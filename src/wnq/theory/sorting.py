@@ -59,9 +59,9 @@ def sorted_bins(flat: Tensor, most: int, unit: float) -> tuple[Bins, int]:
     numbers: npt.NDArray[Any] = np.empty(flat.numel(), np.float32 if single else np.float64)
     torch.from_numpy(numbers).copy_(flat)
     numbers.sort()
-    # Infinities are at the ends now, NaN behind them.
-    low, high = np.searchsorted(numbers, [-np.inf, np.inf], side="right")[0], np.searchsorted(numbers, np.inf)
-    finite = numbers[low:high]
+    # Infinities are at the ends now, NaN behind them. Of another type, they would make a copy of all numbers in that type.
+    far = numbers.dtype.type(np.inf)
+    finite = numbers[np.searchsorted(numbers, -far, side="right") : np.searchsorted(numbers, far)]
     starts = _starts(finite, most)
     return _blocks(finite, most, unit) if starts is None else _points(finite, starts, unit), flat.numel() - finite.size
 
