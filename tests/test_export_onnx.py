@@ -17,10 +17,12 @@ pytest.importorskip("onnxruntime")
 
 from wnq.export.engines import open_engine  # noqa: E402
 from wnq.export.onnx import trace, unpack_, write_onnx  # noqa: E402
+from wnq.export.onnx.biases import best_biases, integer_biases  # noqa: E402
 from wnq.export.onnx.blocks import packed  # noqa: E402
 from wnq.export.onnx.graph import array_of, initializers  # noqa: E402
-from wnq.export.onnx.runtime import saturating, tune_  # noqa: E402
+from wnq.export.onnx.runtime import tune_  # noqa: E402
 from wnq.export.onnx.small import affine_codes, planes_of  # noqa: E402
+from wnq.export.onnx.split import halves, saturating  # noqa: E402
 from wnq.export.onnx.twin import float_twin  # noqa: E402
 from wnq.export.proof import sizes  # noqa: E402
 
@@ -160,8 +162,9 @@ def test_small_files_unpack_to_the_fast_ones_integers(exported):
     _, _, files = exported
     fast, small = (onnx.load(files["openvino", flavour].path) for flavour in ("fast", "small"))
     ours, theirs = initializers(unpack_(small)), initializers(fast)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(array_of(ours[name]), array_of(theirs[name])) for name in theirs)
+    names = [name for name in theirs if name.endswith(".weight")]
+    assert len(names) == 6 and len(ours) == len(theirs)
+    assert all(np.array_equal(array_of(ours[name]), array_of(theirs[name])) for name in names)
 
 
 def test_onnxruntime_runs_every_convolution_in_integers(exported):
@@ -169,7 +172,8 @@ def test_onnxruntime_runs_every_convolution_in_integers(exported):
     engine = open_engine("onnxruntime", files["onnxruntime", "fast"].path)
     operators = engine.operators()
     # It has no integer kernel for transposed convolutions.
-    assert [o.kind for o in operators if not o.integer] == ["ConvTranspose"]
+    assert [(o.layer, o.kind) for o in operators if not o.integer] == [("up", "ConvTranspose")]
+    assert {o.layer for o in operators} == {"stem", "depthwise", "grouped", "up", "line", "fc"}
     assert sum(o.kind == "QLinearConv" for o in operators) == 4
 
 
@@ -178,71 +182,143 @@ def test_openvino_runs_every_convolution_in_integers(exported):
     _, _, files = exported
     operators = open_engine("openvino", files["openvino", "fast"].path).operators()
     assert all(o.integer for o in operators if o.kind in ("Convolution", "FullyConnected")), operators
+    assert {o.layer for o in operators if o.kind != "Deconvolution"} == {"stem", "depthwise", "grouped", "line", "fc"}
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="openvino is not installed")
+def test_openvino_adds_shortcuts_to_convolutions_without_bias(tmp_path):
+    """OpenVINO 2026.4 gets the plain file wrong: nearly every value differs by the size of the values."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+            self.third = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.third(F.relu(self.second(F.relu(x)) + x)) + x
+
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    wnq.quantize_(model, wnq.make_plan(model, wnq.get_method("wnq", w_bits=3, a_bits=3), first_last_bits=None))
+    wnq.calibrate_(model, x).eval()
+    conversion = convert(model, x)
+    file = write_onnx(conversion, (x,), tmp_path / "m.onnx", engine="openvino")
+    with torch.no_grad():
+        expected = conversion.model(x).numpy()
+    assert (np.abs(outputs("openvino", file.path, x) - expected) > 1e-4).mean() < 0.02
 
 
 def test_tuned_integers_are_the_same_weights(exported):
-    _, traced, files = exported
-    plain, tuned = initializers(traced), initializers(onnx.load(files["onnxruntime", "fast"].path))
+    _, traced, _ = exported
+    changed = copy.deepcopy(traced)
+    tune_(changed, [(images(64, seed=7),)])
+    plain, tuned = initializers(traced), initializers(changed)
     checked = 0
     for name, value in plain.items():
         if name.endswith(".weight") and f"{name[:-7]}.scale:gain" in tuned:
             old = array_of(value) * array_of(plain[f"{name[:-7]}.inner"]).reshape(-1, *[1] * (array_of(value).ndim - 1))
             new = array_of(tuned[name]).astype(np.float64)
             scale = array_of(tuned[f"{name[:-7]}.scale:gain"]).reshape(-1, *[1] * (new.ndim - 1))
-            np.testing.assert_allclose(new * scale, old, rtol=3e-7)  # two float32 roundings of the scale
+            np.testing.assert_allclose(new * scale, old, rtol=0.02)  # a unit that fits the thresholds
+            ratio = (new * scale)[old != 0] / old[old != 0]
+            assert np.abs(ratio - 1).max() < 0.02
             assert np.abs(new).max() > np.abs(array_of(value)).max() or np.abs(array_of(value)).max() > 63
             checked += 1
     assert checked == 4
 
 
-def test_integer_biases_are_the_best_near_ones(exported):
-    """Brute force: every sum that can occur, decided by the exact bias and by the integer one."""
-    _, traced, _ = exported
-    tuned = copy.deepcopy(traced)
-    tune_(tuned, [])
-    values = initializers(tuned)
-    made = {name: node for node in tuned.graph.node for name in node.output}
-    (conv,) = [node for node in tuned.graph.node if node.name == "depthwise"]
-    weight = array_of(values["depthwise.weight"]).astype(np.int64)
-    gain = np.gcd.reduce(weight, axis=None)
-    step = (
-        float(array_of(values[made[conv.input[0]].input[1]]) if made[conv.input[0]].input[1] in values else 0) or None
+@pytest.mark.parametrize(("bits", "gain"), [(2, 42), (3, 18), (4, 8), (4, 1)])
+def test_integer_biases_decide_as_exact_ones(bits, gain):
+    """Brute force: every sum that can occur, decided by the exact bias and by the integer one with its unit."""
+    rng = np.random.default_rng(bits)
+    channels, out, high = 64, 0.3, 2**bits - 1
+    unit = rng.uniform(0.2, 2.0, channels) * out / 20 / gain
+    bias = rng.normal(size=channels)
+    thresholds = (np.arange(high) + 0.5) * out
+    found = integer_biases(bias, unit, thresholds, gain, np.full(channels, 400))
+    chosen, units, wrong, asked = found.bias, found.unit, found.missed.sum(), found.asked.sum()
+    assert chosen.dtype == np.int32 and asked > channels and np.abs(units / unit - 1).max() <= 0.02
+    sums = np.arange(-400, 401) * gain
+
+    def codes(offsets, unit):
+        return np.clip(np.floor((sums[None] + offsets[:, None]) * unit[:, None] / out + 0.5), 0, high)
+
+    exact = codes(bias / unit, unit)
+    unequal = (codes(chosen.astype(float), units) != exact).any(1).sum()
+    plain = (codes(np.rint(bias / unit), unit) != exact).any(1).sum()
+    # A wrong threshold is a channel in which some sum is decided otherwise; without gain, plain rounding fails in most.
+    assert unequal <= wrong and unequal <= plain and (wrong > 0 or unequal == 0)
+    assert wrong <= {42: 0, 18: 0, 8: 0.01 * asked, 1: 0.2 * asked}[gain]
+    assert gain > 1 or plain > 0.5 * channels
+
+
+def test_integer_biases_stay_in_int32():
+    bias, unit = np.array([1e9, -1e9, 0.0]), np.array([1e-9, 1e-9, 1.0])
+    found = integer_biases(bias, unit, np.array([0.5]), 1, np.zeros(3))
+    assert np.isfinite(found.unit).all() and found.bias[2] in (-1, 0, 1)
+
+
+def test_another_gain_is_taken_where_it_decides_better():
+    rng = np.random.default_rng(1)
+    unit, thresholds = rng.uniform(0.02, 0.1, 200), (np.arange(15) + 0.5) * 0.3
+    bias, largest = rng.normal(size=200), np.full(200, 400)
+    one, best = (
+        integer_biases(bias, unit / 8, thresholds, 8, largest),
+        best_biases(bias, unit, thresholds, 8, largest),
     )
-    bias = array_of(initializers(traced)["depthwise.bias"]).astype(np.float64)
-    scale = array_of(values["depthwise.scale:gain"]).astype(np.float64)
-    chosen = array_of(values["depthwise:bias"]).astype(np.int64)
-    unit = array_of(values["depthwise:bias:scale"]).astype(np.float64)
-    assert step is None or np.allclose(unit, np.float32(step) * scale, rtol=1e-6)
-    relu = next(node for node in tuned.graph.node if conv.output[0] in node.input)
-    quantize = next(node for node in tuned.graph.node if relu.output[0] in node.input)
-    constants = {n.output[0]: array_of(n.attribute[0].t) for n in tuned.graph.node if n.op_type == "Constant"}
-    out = float(constants[quantize.input[1]] if quantize.input[1] in constants else array_of(values[quantize.input[1]]))
-    for channel in range(len(bias)):
-        reach = int(np.abs(weight[channel]).sum()) * 15 // int(gain)
-        sums = np.arange(-reach, reach + 1) * int(gain)
-
-        def codes(offset, sums=sums, channel=channel):
-            return np.clip(np.rint((sums + offset) * unit[channel] / out), 0, 3)
-
-        exact = codes(bias[channel] / unit[channel])
-        near = round(bias[channel] / unit[channel])
-        wrong = {b: int((codes(b) != exact).sum()) for b in range(near - int(gain), near + int(gain) + 1)}
-        assert wrong[int(chosen[channel])] == min(wrong.values())
+    assert one.missed.sum() > 0 and best.missed.sum() < one.missed.sum() and set(best.gain) <= set(range(4, 9))
+    sums = np.arange(-400, 401)
+    for channel in np.flatnonzero(best.missed == 0):
+        exact = np.searchsorted(thresholds, sums * unit[channel] + bias[channel], side="right")
+        ours = (sums * best.gain[channel] + int(best.bias[channel])) * best.unit[channel]
+        assert np.array_equal(np.searchsorted(thresholds, ours, side="right"), exact)
 
 
-def test_products_that_may_saturate_are_named():
-    class Last(nn.Sequential):
-        pass
+SPLIT = {
+    "linear": (nn.Linear(6, 4), (16, 6)),
+    "conv": (nn.Conv2d(3, 4, 3, padding=1), (16, 3, 5, 5)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2), (16, 4, 5, 5)),
+    "depthwise": (nn.Conv1d(4, 4, 3, groups=4, padding=1), (16, 4, 9)),
+}
 
-    torch.manual_seed(0)
-    model = Last(nn.Linear(6, 4))
-    wnq.quantize_(
-        model, wnq.make_plan(model, wnq.get_method("wnq", grid="symmetric", w_bits=8, a_bits=8), first_last_bits=None)
-    )
-    wnq.calibrate_(model, torch.rand(8, 6)).eval()
-    traced = trace(convert(model, torch.rand(2, 6)).model, (torch.rand(2, 6),))
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_sums_do_not_saturate(kind, tmp_path):
+    """8 bits on both sides, with the largest integers next to each other: the worst case of processors without VNNI."""
+    layer, size = SPLIT[kind]
+    model = nn.Sequential(copy.deepcopy(layer))
+    weight = model[0].weight.data
+    weight.copy_(torch.where(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.8, 1.0, -0.97))
+    method = wnq.get_method("wnq", grid="symmetric", w_bits=8, a_bits=8, activation="clip")
+    wnq.quantize_(model, wnq.make_plan(model, method, first_last_bits=None))
+    x = torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.7  # mostly the largest code
+    conversion = convert(model.eval(), x)
+    traced = trace(conversion.model, (x,))
     assert saturating(traced) == ["0"]
-    assert any("can saturate" in note and ": 0." in note for note in tune_(traced, []))
+    with torch.no_grad():
+        expected = conversion.model(x).numpy()
+    for engine in ENGINES:
+        got = {}
+        for flavour in ("fast", "small"):
+            path = tmp_path / f"{engine}-{flavour}.onnx"
+            file = write_onnx(conversion, (x,), path, engine=engine, flavour=flavour, traced=traced)
+            assert saturating(unpack_(onnx.load(path))) == []
+            assert "0 have weights split in two" in " ".join(file.notes)
+            got[flavour] = outputs(engine, path, x)
+            np.testing.assert_allclose(got[flavour], expected, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(got["fast"], got["small"])
+        whole = write_onnx(conversion, (x,), tmp_path / "whole.onnx", engine=engine, traced=traced, vnni=True)
+        assert any("can saturate" in note and " 0 " in note for note in whole.notes)
+
+
+def test_halves_add_up():
+    weight = np.arange(-128, 128).astype(np.int8)
+    first, second = halves(weight)
+    assert (
+        np.array_equal(first.astype(int) + second, weight) and max(np.abs(first.astype(int)).max(), second.max()) <= 64
+    )
 
 
 # Linear layers with float inputs.
@@ -323,6 +399,14 @@ def test_affine_codes_take_the_true_width(bits):
         skewed[::2] *= -1
         codes, stride, start, found = affine_codes(skewed.astype(np.int8), 0)
         assert found == bits and np.array_equal(stride * codes.astype(int) + start, skewed)
+
+
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_affine_codes_of_channels_with_multiples_of_their_own(bits):
+    rng = np.random.default_rng(bits)
+    odd = (2 * rng.integers(0, 2**bits, (6, 50)) - (2**bits - 1)) * np.array([5, 6, 7, 8, 8, 5])[:, None]
+    codes, stride, start, found = affine_codes(odd.astype(np.int8), 0)
+    assert found == bits and np.array_equal(stride * codes.astype(int) + start, odd)
 
 
 def test_affine_codes_of_zeros():

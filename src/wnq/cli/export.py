@@ -56,6 +56,19 @@ def export(
             min=0, max=4, help="Of packed linear layers with float inputs: 0 exact, 4 fast.", show_default=False
         ),
     ] = None,
+    residual_bits: Annotated[
+        int,
+        typer.Option(
+            help="Of the values behind convolutions that nothing quantizes, for ONNX Runtime: 8 runs those convolutions in "
+            "integers, 32 leaves them float: nearer to the trained network, and slower."
+        ),
+    ] = 8,
+    vnni: Annotated[
+        bool,
+        typer.Option(
+            "--vnni", help="For processors with VNNI alone: 8-bit layers stay whole, whose sums saturate on others."
+        ),
+    ] = False,
     model: ModelName = None,
     num_classes: NumClasses = None,
     in_channels: InChannels = None,
@@ -72,12 +85,15 @@ def export(
     from wnq.names import check_choice
 
     check_choice(to, DIALECTS, where="--to")
+    if residual_bits not in (8, 32):
+        raise ValueError(f"--residual-bits must be 8, or 32 for float, got {residual_bits}.")
     options = data_options(data_option)
     opened = open_target(target, model, num_classes, in_channels, model_option)
     section = data_section(opened, data, options)
     with screen.bar("reading images") as on_image:
         split = read_images(section, on_image)
-    out = out if out.suffix == ".onnx" else out / "model.onnx"
+    ending = DIALECTS[to].ending
+    out = out if out.suffix == ending else out / f"model{ending}"
     screen.work()
     from wnq.data import Batches
 
@@ -92,7 +108,8 @@ def export(
         with screen.bar(f"exporting to {to}") as step:
             proof = export_model(
                 opened.model, (x,), out, to=to, flavour="small" if small else "fast", labels=labels,
-                float_model=_float_start(opened), calibration=(calibration,), accuracy_level=accuracy_level, on_step=step,
+                float_model=_float_start(opened), calibration=(calibration,), accuracy_level=accuracy_level,
+                vnni=vnni, residual_bits=residual_bits, on_step=step,
             )  # fmt: skip
     except ProofError as error:
         raise FailureError(str(error)) from error
@@ -146,12 +163,11 @@ def _show(screen: Screen, proof: dict[str, Any]) -> None:
     screen.table([{"accuracy, %": "", **proof["accuracy"]}])
     screen.say("")
     size = proof["bytes"]
-    screen.table([{k: round(v) for k, v in size.items()}], title="bytes")
+    screen.table([{k: round(v) for k, v in size.items() if v is not None}], title="bytes")
     operators = proof["operators"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in operators["kinds"].items())
-    screen.say(
-        f"\n{operators['integer']} of {operators['products']} products run in integers in {proof['engine']}: {kinds}."
-    )
+    said = f"{operators['integer']} of {operators['products']} products run in integers in {proof['engine']}: {kinds}."
+    screen.say("\n" + (said if operators["products"] else f"{proof['engine']} does not say how it runs the products."))
     if operators["integer_layers_run_in_float"]:
         screen.say(
             f"Run in float though their sums are integers: {', '.join(operators['integer_layers_run_in_float'])}."
@@ -163,6 +179,12 @@ def _show(screen: Screen, proof: dict[str, Any]) -> None:
     if proof["accuracy_level"] is not None:
         settings = ", ".join(f"{k}={v}" for k, v in proof["settings"].items())
         screen.say(f"Packed linear layers: accuracy level {proof['accuracy_level']}; open the file with {settings}.")
+    moved = any("8-bit values" in note for note in proof["notes"])
+    if moved and proof["engine_vs_trained"]["agreement"] < 99.5:
+        screen.say(
+            "The 8-bit values move roundings behind them, and with them the arg-max where logits are close. --residual-bits 32 "
+            "leaves them float, and --to openvino needs none."
+        )
     cpu = proof["processor"]
     for row in proof["latency"]:
         screen.say(
@@ -170,6 +192,5 @@ def _show(screen: Screen, proof: dict[str, Any]) -> None:
             f"{row['float_ms'] / row['integer_ms']:.2f} times, {row['runs']} paired runs, 1 thread, {cpu['name']}"
             f"{'' if cpu['vnni'] else ' without VNNI'}."
         )
-    screen.say(
-        f"{proof['file']}: {size['file']:,} bytes, float {size['float_file']:,}. {proof['seconds']:.1f} s in all."
-    )
+    beside = "" if size["float_file"] is None else f", float {size['float_file']:,}"
+    screen.say(f"{proof['file']}: {size['file']:,} bytes{beside}. {proof['seconds']:.1f} s in all.")

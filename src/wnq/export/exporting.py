@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from wnq.environment import environment
+from wnq.export.dialect import DIALECTS, Options
 from wnq.export.proof import accuracy, differences, operators_of, outputs_of, run_file, sizes
 from wnq.files import write_text
 from wnq.integer import convert
 from wnq.names import check_choice
-
-DIALECTS = {"onnx": "onnxruntime", "openvino": "openvino"}
-"""What a file can be written for, and the engine that proves it. Both are ONNX files."""
+from wnq.quantizer import FLOAT_BITS
 
 CALIBRATION_IMAGES = 256
 
@@ -32,6 +31,8 @@ def export_model(
     float_model: nn.Module | None = None,
     calibration: Sequence[Tensor] | None = None,
     accuracy_level: int | None = None,
+    vnni: bool = False,
+    residual_bits: int = 8,
     seconds: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -41,13 +42,16 @@ def export_model(
         model: a quantized, frozen or loaded model. It is only read.
         inputs: the data of the proof: what the model's forward takes, all of it, the batch first.
         out: the file; ``FILE.proof.json`` is written beside it.
-        to: ``onnx`` (for ONNX Runtime) or ``openvino``.
+        to: one of :data:`wnq.export.DIALECTS`.
         flavour: ``fast`` or ``small``.
         labels: int64, one for each input, for accuracies.
         float_model: the float model that training started from, for its accuracy.
         calibration: inputs for ranges that only the engine needs; by default the first 256 of ``inputs``.
         accuracy_level: of products with packed weights and float inputs: 0 is exact, 4 rounds their inputs to 8 bits by blocks and
             is fast. By default 0 where all such weights are stored in 4 bits, else 4: exact products of other widths are very slow.
+        vnni: the file is for processors with VNNI alone; see :mod:`wnq.export.onnx.split`.
+        residual_bits: for ONNX Runtime, of the values behind convolutions that nothing quantizes: 8 runs these in integers, 32
+            leaves them float, which is exact and slower.
         seconds: that each comparison of speed takes.
         on_step: called with (done, in all).
 
@@ -59,41 +63,38 @@ def export_model(
         ProofError: the engine cannot run the file.
         OSError: a file cannot be written.
     """
-    from wnq.export.onnx import trace, write_onnx
-    from wnq.export.onnx.twin import float_twin
 
-    def step(done: int, total: int) -> None:
+    def step(done: int, total: int = 5) -> None:
         if on_step is not None:
             on_step(done, total)
 
-    engine, out = DIALECTS[check_choice(to, DIALECTS, where="to")], Path(out)
+    dialect, out = DIALECTS[check_choice(to, DIALECTS, where="to")], Path(out)
+    check_choice(flavour, dialect.flavours, where=f"flavour of {to}")
+    if residual_bits not in (8, FLOAT_BITS):
+        raise ValueError(f"residual_bits must be 8, or {FLOAT_BITS} for float, got {residual_bits!r}.")
     begin = time.perf_counter()
     first = tuple(x[:2] for x in inputs)
     conversion = convert(model, *first)
-    step(1, 6)
-    traced = trace(conversion.model, first)
-    step(2, 6)
-    sample = tuple(x[:CALIBRATION_IMAGES] for x in (calibration or inputs))
-    written = write_onnx(conversion, first, out, engine=engine, flavour=flavour, calibration=[sample], traced=traced)
-    step(3, 6)
+    step(1)
+    sample = [tuple(x[:CALIBRATION_IMAGES] for x in (calibration or inputs))] if residual_bits == 8 else []
+    written = dialect.writer()(conversion, first, out, Options(flavour, sample, vnni))
+    step(2)
     level = accuracy_level
     if level is None:
         level = 0 if all(bits == 4 for bits in written.blocked.values()) else 4
     trained, reference = outputs_of(model, inputs), outputs_of(conversion.model, inputs)
-    step(4, 6)
+    step(3)
     with tempfile.TemporaryDirectory() as folder:
-        twin = Path(folder) / "float.onnx"
-        content = float_twin(traced).SerializeToString()
-        twin.write_bytes(content)
-        outputs, answer = run_file(out, engine, inputs, accuracy_level=level, twin=twin, seconds=seconds)
-    step(5, 6)
+        twin = Path(folder) / f"float{dialect.ending}" if written.write_float else None
+        float_file = written.write_float(twin) if written.write_float and twin else None
+        outputs, answer = run_file(out, dialect.engine, inputs, accuracy_level=level, twin=twin, seconds=seconds)
+    step(4)
     targets = None if labels is None else labels.numpy()
     proof: dict[str, Any] = {
         "file": str(out),
         "to": to,
         "flavour": flavour,
-        "opset": written.opset,
-        "ir_version": written.ir_version,
+        **written.details,
         "engine": answer["engine"],
         "settings": answer["settings"],
         "processor": answer["processor"],
@@ -110,17 +111,18 @@ def export_model(
         "operators": operators_of(answer, conversion),
         "bytes": {
             **written.bytes,
-            "float_file": len(content),
+            "float_file": float_file,
             **{f"weights_{k}": v for k, v in sizes(conversion).items()},
         },
         "latency": answer["latency"],
         "accuracy_level": level if written.blocked else None,
         "blocked": written.blocked,
+        "residual_bits": residual_bits if dialect.engine == "onnxruntime" else None,
         "notes": list(written.notes),
         "layers": [record.to_json() for record in conversion.layers],
         "seconds": round(time.perf_counter() - begin, 2),
         "environment": environment(),
     }
     write_text(out.with_name(f"{out.name}.proof.json"), json.dumps(proof, indent=2) + "\n")
-    step(6, 6)
+    step(5)
     return proof

@@ -114,9 +114,9 @@ def operators_of(answer: dict[str, Any], conversion: Conversion) -> dict[str, An
     for operator in operators:
         label = f"{operator['kind']} ({'integer' if operator['integer'] else 'float'})"
         kinds[label] = kinds.get(label, 0) + 1
-    named = {operator["layer"].removesuffix("_quant") for operator in integer}
-    left = [r.name for r in conversion.layers if r.sums == "integer" and r.kind != "Embedding" and r.name not in named]
+    expected = {record.name for record in conversion.layers if record.sums == "integer"}
+    left = [o["layer"] for o in operators if not o["integer"] and o["layer"] in expected]
     return {
         "products": len(operators), "integer": len(integer), "kinds": kinds,
-        "integer_layers_run_in_float": left if len(integer) < len(operators) else [],
+        "integer_layers_run_in_float": left,
     }  # fmt: skip

@@ -2,6 +2,6 @@
 
 from wnq.export.onnx.small import unpack_
 from wnq.export.onnx.tracing import trace
-from wnq.export.onnx.writing import FLAVOURS, OnnxFile, write_onnx
+from wnq.export.onnx.writing import OnnxFile, write_onnx
 
-__all__ = ["FLAVOURS", "OnnxFile", "trace", "unpack_", "write_onnx"]
+__all__ = ["OnnxFile", "trace", "unpack_", "write_onnx"]

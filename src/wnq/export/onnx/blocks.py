@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from wnq.export.onnx.graph import array_of, initializers, replace_initializers_, require, tensor_of
+from wnq.export.onnx.graph import array_of, drop_unread_, initializers, replace_initializers_, require, tensor_of
 
 BLOCK = 128
 """Weights that share a scale; the scales repeat within a channel. Blocks of this size are the fastest."""
@@ -58,8 +58,7 @@ def block_(model: Any, *, engine: str) -> dict[str, int]:
             require(25, 13, model)
         found[name.rpartition(".")[0]] = bits
     replace_initializers_(model, new)
-    used = {source for node in model.graph.node for source in node.input}
-    replace_initializers_(model, {value.name: [] for value in model.graph.initializer if value.name not in used})
+    drop_unread_(model)
     return found
 
 

@@ -4,8 +4,8 @@ Its ``QLinearConv`` must be followed by a quantization, and adds an int32 bias i
 
 - A convolution whose output nothing quantizes gets an 8-bit quantization behind it, its range taken from calibration data.
 - *Gain*: integers times g and scale over g are the same weights with a bias unit g times finer.
-- *Search*: of the integer biases around the rounded one, the one with which the fewest sums pass a threshold of the next
-  quantization that they should not, or fail to pass one that they should.
+- *Search*: integer biases and scales with which sums pass the same thresholds of the next quantization as with the exact biases
+  (:mod:`wnq.export.onnx.biases`).
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from wnq.export.onnx.graph import array_of, initializers, readers_of, replace_initializers_, tensor_of
+from wnq.export.onnx.biases import Biases, best_biases
+from wnq.export.onnx.graph import (
+    array_of,
+    constant_of,
+    drop_unread_,
+    initializers,
+    readers_of,
+    replace_initializers_,
+    tensor_of,
+)
+from wnq.export.onnx.split import PAIR_LIMIT, input_bounds
 
-PAIR_LIMIT = 32767
-"""Processors without VNNI add two products in 16 bits: 2 * (largest input) * (largest weight) must not exceed this."""
-
-INT32 = 2**31 - 1
+ENDS = 1e-4
+"""Share of calibration values on either side that an 8-bit range may cut off."""
 
 
 def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
@@ -29,17 +37,20 @@ def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
     if added:
         notes.append(
             f"8-bit values, calibrated on {sum(len(batch[0]) for batch in calibration)} inputs, behind {len(added)} convolutions "
-            f"that nothing quantizes: {_some(added)}."
+            f"that nothing quantizes: {listed(added)}."
         )
     values = initializers(model)
     made = {name: node for node in model.graph.node for name in node.output}
     new: dict[str, list[Any]] = {}
     wrong = searched = 0
     for conv in [node for node in model.graph.node if node.op_type == "Conv"]:
-        parts = _integer_parts(conv, made, values)
-        if parts is None:
+        bounds = input_bounds(conv, made, values)
+        if bounds is None:
             continue
-        largest, _ = parts
+        following = _next_quantization(model, conv)
+        if following is None:
+            continue  # it runs in float, and its float bias is exact
+        largest = bounds[1]
         dequantize = made[conv.input[1]]
         weight, scale = array_of(values[dequantize.input[0]]), array_of(values[dequantize.input[1]])
         peak = int(np.abs(weight.astype(np.int32)).max()) if weight.size else 0
@@ -47,74 +58,24 @@ def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
         gain = max(1, room // peak) if peak else 1
         if len(readers_of(model, dequantize.input[0])) > 1:
             gain = 1
-        scale = (scale / np.float32(gain)).astype(np.float32)
-        bias, missed, asked = _integer_bias(model, conv, made, values, weight, scale, gain)
-        wrong, searched = wrong + missed, searched + asked
-        new[dequantize.input[0]] = [tensor_of(dequantize.input[0], (weight.astype(np.int32) * gain).astype(np.int8))]
+        step = array_of(constant_of(made[conv.input[0]].input[1], values, made))
+        found = _integer_biases(model, conv, following, made, values, weight, scale, room=gain, largest_input=largest)
+        wrong, searched = wrong + int(found.missed.sum()), searched + int(found.asked.sum())
+        gains = found.gain.reshape(-1, *[1] * (weight.ndim - 1))
+        new[dequantize.input[0]] = [tensor_of(dequantize.input[0], (weight.astype(np.int32) * gains).astype(np.int8))]
+        scale = (found.unit / float(step)).astype(np.float32)
         _own_scale_(model, dequantize, conv.name, scale, new)
-        step = array_of(values[made[conv.input[0]].input[1]])
-        _set_bias_(model, conv, bias, (step * scale).astype(np.float32), new)
+        _set_bias_(model, conv, found.bias, (step * scale).astype(np.float32), new)
     replace_initializers_(model, new)
-    used = {source for node in model.graph.node for source in node.input}
-    replace_initializers_(model, {value.name: [] for value in model.graph.initializer if value.name not in used})
+    drop_unread_(model)
     if searched:
         notes.append(f"Integer biases: {wrong} of {searched} thresholds lie between other sums than in the reference.")
-    unsafe = saturating(model)
-    if unsafe:
-        notes.append(
-            f"On processors without VNNI the sums of {len(unsafe)} layers can saturate (2 x largest input x largest weight exceeds "
-            f"{PAIR_LIMIT}): {_some(unsafe)}. Give them 7-bit inputs or 7-bit symmetric weights if that matters."
-        )
-    else:
-        notes.append(
-            f"No sum saturates on processors without VNNI: 2 x largest input x largest weight <= {PAIR_LIMIT}."
-        )
     return notes
 
 
-def saturating(model: Any) -> list[str]:
-    """Return the layers whose sums can saturate on processors without VNNI, see :data:`PAIR_LIMIT`."""
-    values = initializers(model)
-    made = {name: node for node in model.graph.node for name in node.output}
-    found: list[str] = []
-    for node in model.graph.node:
-        parts = _integer_parts(node, made, values) if node.op_type in ("Conv", "MatMul") else None
-        if parts is not None:
-            weight = array_of(values[made[node.input[1]].input[0]])
-            if weight.size and 2 * parts[0] * int(np.abs(weight.astype(np.int32)).max()) > PAIR_LIMIT:
-                found.append(node.name)
-    return found
-
-
-def _some(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first six names, and how many there are."""
     return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
-
-
-def _integer_parts(conv: Any, made: dict[str, Any], values: dict[str, Any]) -> tuple[int, Any] | None:
-    """Return the largest stored integer of a product's input, and the input's dequantization; None if it has none."""
-    source, weight = made.get(conv.input[0]), made.get(conv.input[1])
-    if source is None or weight is None or {source.op_type, weight.op_type} != {"DequantizeLinear"}:
-        return None
-    if weight.input[0] not in values:
-        return None
-    return _bounds(source, made, values)[1], source
-
-
-def _constant(name: str, values: dict[str, Any], made: dict[str, Any]) -> Any:
-    """Return the TensorProto of an initializer or a Constant node."""
-    if name in values:
-        return values[name]
-    return next(attribute.t for attribute in made[name].attribute if attribute.name == "value")
-
-
-def _bounds(dequantize: Any, made: dict[str, Any], values: dict[str, Any]) -> tuple[int, int]:
-    """Return the smallest and largest stored integer of an input: those of a clip, else those of its type."""
-    source = made.get(dequantize.input[0])
-    if source is not None and source.op_type == "Clip":
-        low, high = (int(array_of(_constant(name, values, made))) for name in source.input[1:3])
-        return low, high
-    bounds = np.iinfo(array_of(_constant(dequantize.input[2], values, made)).dtype)
-    return int(bounds.min), int(bounds.max)
 
 
 def _next_quantization(model: Any, conv: Any) -> Any | None:
@@ -132,41 +93,32 @@ def _next_quantization(model: Any, conv: Any) -> Any | None:
     return None
 
 
-def _integer_bias(
-    model: Any, conv: Any, made: dict[str, Any], values: dict[str, Any], weight: Any, scale: Any, gain: int
-) -> tuple[Any, int, int]:
-    """Return the integer bias of each channel, how many thresholds are still wrong, and how many there are."""
-    step = float(array_of(_constant(made[conv.input[0]].input[1], values, made)))
+def _integer_biases(
+    model: Any,
+    conv: Any,
+    following: Any,
+    made: dict[str, Any],
+    values: dict[str, Any],
+    weight: Any,
+    scale: Any,
+    *,
+    room: int,
+    largest_input: int,
+) -> Biases:
+    """Return what :func:`best_biases` does, for a convolution in a graph and the quantization that follows it."""
+    step = float(array_of(constant_of(made[conv.input[0]].input[1], values, made)))
     unit = step * scale.astype(np.float64)
     # The exporter drops biases that are all zero.
     bias = array_of(values[conv.input[2]]).astype(np.float64) if len(conv.input) > 2 else np.zeros(len(unit))
-    exact = bias / unit
-    rounded = np.clip(np.rint(exact), -INT32, INT32)
-    following = _next_quantization(model, conv)
-    if following is None:
-        return rounded.astype(np.int32), 0, 0
-    out = float(array_of(_constant(following.input[1], values, made)))
-    zero = int(array_of(_constant(following.input[2], values, made)))
+    out = float(array_of(constant_of(following.input[1], values, made)))
+    zero = array_of(constant_of(following.input[2], values, made))
     (clip,) = readers_of(model, following.output[0])[:1] or (None,)
-    kind = np.iinfo(array_of(_constant(following.input[2], values, made)).dtype)
-    low, high = int(kind.min), int(kind.max)
+    low, high = int(np.iinfo(zero.dtype).min), int(np.iinfo(zero.dtype).max)
     if clip is not None and clip.op_type == "Clip":
-        low, high = (int(array_of(_constant(name, values, made))) for name in clip.input[1:3])
-    thresholds = (np.arange(low, high) - zero + 0.5) * out
-    # Sums are multiples of the gain; each threshold lies between two of them, and must do so with the integer bias too.
-    wanted = np.ceil((thresholds[None, :] / unit[:, None] - exact[:, None]) / gain)
-    reach = np.arange(-gain, gain + 1)
-    reach = reach[np.argsort(np.abs(reach), kind="stable")]
-    missed = np.full(len(unit), np.inf)
-    best = rounded.copy()
-    largest = np.abs(weight.astype(np.int64)).reshape(len(unit), -1).sum(1) * 256
-    reachable = np.abs(wanted) <= largest[:, None] + 1
-    for shift in reach:
-        got = np.ceil((thresholds[None, :] / unit[:, None] - (rounded + shift)[:, None]) / gain)
-        count = ((got != wanted) & reachable).sum(1)
-        better = count < missed
-        best[better], missed[better] = (rounded + shift)[better], count[better]
-    return np.clip(best, -INT32, INT32).astype(np.int32), int(missed.sum()), int(reachable.sum())
+        low, high = (int(array_of(constant_of(name, values, made))) for name in clip.input[1:3])
+    thresholds = (np.arange(low, high) - int(zero) + 0.5) * out
+    largest = np.abs(weight.astype(np.int64)).reshape(len(unit), -1).sum(1) * largest_input
+    return best_biases(bias, unit, thresholds, room, largest)
 
 
 def _own_scale_(model: Any, dequantize: Any, layer: str, scale: Any, new: dict[str, list[Any]]) -> None:
@@ -181,7 +133,7 @@ def _set_bias_(model: Any, conv: Any, bias: Any, scale: Any, new: dict[str, list
     from onnx import helper
 
     name = f"{conv.name}:bias"
-    zeros = f"{name}:zero"
+    zeros = f"zeros{len(bias)}"  # one for all layers of that many channels
     parts = {name: bias, f"{name}:scale": scale, zeros: np.zeros(len(bias), np.int32)}
     for key, numbers in parts.items():
         new[key] = [tensor_of(key, numbers)]
@@ -198,11 +150,16 @@ def _quantize_outputs_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) ->
     values = initializers(model)
     made = {name: node for node in model.graph.node for name in node.output}
     places: dict[str, str] = {}
+    ends = {value.name for value in model.graph.output}
     for conv in [node for node in model.graph.node if node.op_type == "Conv"]:
-        if _integer_parts(conv, made, values) is None or _next_quantization(model, conv) is not None:
+        if input_bounds(conv, made, values) is None or _next_quantization(model, conv) is not None:
             continue
-        if conv.output[0] not in {value.name for value in model.graph.output}:
-            places[conv.output[0]] = conv.name
+        name = conv.output[0]
+        readers = readers_of(model, name)
+        if len(readers) == 1 and readers[0].op_type == "Relu" and name not in ends:
+            name = readers[0].output[0]  # behind the ReLU, where no level is spent on what it cuts off
+        if name not in ends:
+            places[name] = conv.name
     ranges = _ranges(model, list(places), calibration)
     for name, layer in places.items():
         low, high = ranges[name]
@@ -225,7 +182,7 @@ def _quantize_outputs_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) ->
 
 
 def _ranges(model: Any, names: list[str], calibration: Sequence[tuple[Tensor, ...]]) -> dict[str, tuple[float, float]]:
-    """Return the smallest and largest value (zero among them) of each named value over the calibration data."""
+    """Return the range, with zero in it, of each named value over the calibration data, all but its :data:`ENDS`."""
     import copy
 
     import onnxruntime
@@ -244,5 +201,6 @@ def _ranges(model: Any, names: list[str], calibration: Sequence[tuple[Tensor, ..
         results: Any = session.run(names, dict(zip(own, (x.numpy() for x in batch), strict=True)))
         for name, value in zip(names, results, strict=True):
             low, high = found[name]
-            found[name] = min(low, float(value.min())), max(high, float(value.max()))
+            ends = np.quantile(value, (ENDS, 1 - ENDS))
+            found[name] = min(low, float(ends[0])), max(high, float(ends[1]))
     return found

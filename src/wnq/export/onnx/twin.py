@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from wnq.export.onnx.graph import array_of, initializers, replace_initializers_, tensor_of
+from wnq.export.onnx.graph import array_of, drop_unread_, initializers, replace_initializers_, tensor_of
 
 
 def float_twin(model: Any) -> Any:
@@ -36,8 +36,7 @@ def float_twin(model: Any) -> Any:
     del model.graph.node[:]
     model.graph.node.extend(kept)
     replace_initializers_(model, new)
-    used = {source for node in model.graph.node for source in node.input}
-    replace_initializers_(model, {value.name: [] for value in model.graph.initializer if value.name not in used})
+    drop_unread_(model)
     return model
 
 

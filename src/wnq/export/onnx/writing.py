@@ -8,19 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
+from wnq.export.dialect import FLAVOURS, Options, Written
 from wnq.export.onnx.blocks import block_
-from wnq.export.onnx.graph import initializers
-from wnq.export.onnx.runtime import tune_
+from wnq.export.onnx.graph import initializers, shorten_names_
+from wnq.export.onnx.openvino import settle_
+from wnq.export.onnx.runtime import listed, tune_
 from wnq.export.onnx.small import shrink_
+from wnq.export.onnx.split import PAIR_LIMIT, saturating, split_
 from wnq.export.onnx.tracing import trace
+from wnq.export.onnx.twin import float_twin
 from wnq.files import replacing
 from wnq.integer import Conversion
 from wnq.names import check_choice
 
-FLAVOURS = ("fast", "small")
 ENGINES = ("onnxruntime", "openvino")
 
-PARTS = {"weights": (".weight", ".codes", ":planes"), "biases": (".bias", ".negative_bias", ":bias")}
+PARTS = {"weights": (".weight", ":planes", ":whole"), "biases": (".bias", ".negative_bias", ":bias")}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def write_onnx(
     flavour: str = "fast",
     calibration: Sequence[tuple[Tensor, ...]] = (),
     traced: Any = None,
+    vnni: bool = False,
 ) -> OnnxFile:
     """Write a model's integers as ONNX, whole or not at all.
 
@@ -68,6 +72,7 @@ def write_onnx(
             nothing quantizes, larger integers with smaller scales, and searched integer biases. ``openvino`` needs none of it.
         flavour: ``fast`` stores int8, ``small`` the true width; an engine computes the same with both.
         calibration: batches of inputs, for ``onnxruntime``'s 8-bit values; without any, those convolutions stay float.
+        vnni: the file is for processors with VNNI alone, so layers whose sums saturate on others are left whole.
         traced: what :func:`wnq.export.onnx.trace` returned for the same model; traced anew if None.
 
     Raises:
@@ -79,10 +84,16 @@ def write_onnx(
     model = trace(conversion.model, inputs) if traced is None else copy.deepcopy(traced)
     notes: list[str] = []
     blocked = block_(model, engine=engine)
+    unsafe = saturating(model)
+    halved = {} if vnni else split_(model)
+    notes.append(_on_saturation(unsafe, saturating(model)))
     if engine == "onnxruntime":
         notes += tune_(model, calibration)
+    else:
+        settle_(model)
     if flavour == "small":
-        shrink_(model)
+        shrink_(model, halved)
+    shorten_names_(model, tuple(end for ends in PARTS.values() for end in ends))
     import onnx
 
     onnx.checker.check_model(model)
@@ -93,6 +104,46 @@ def write_onnx(
     return OnnxFile(
         Path(path), flavour, engine, opset, model.ir_version, _bytes(model, len(content)), blocked, tuple(notes)
     )
+
+
+def for_onnxruntime(conversion: Conversion, inputs: tuple[Any, ...], path: Path, options: Options) -> Written:
+    """Write the dialect ``onnx``."""
+    return _written(conversion, inputs, path, options, "onnxruntime")
+
+
+def for_openvino(conversion: Conversion, inputs: tuple[Any, ...], path: Path, options: Options) -> Written:
+    """Write the dialect ``openvino``."""
+    return _written(conversion, inputs, path, options, "openvino")
+
+
+def _written(conversion: Conversion, inputs: tuple[Any, ...], path: Path, options: Options, engine: str) -> Written:
+    traced = trace(conversion.model, inputs)
+    file = write_onnx(
+        conversion, inputs, path, engine=engine, flavour=options.flavour, calibration=options.calibration,
+        traced=traced, vnni=options.vnni,
+    )  # fmt: skip
+
+    def write_float(path: Path) -> int:
+        return path.write_bytes(float_twin(traced).SerializeToString())
+
+    details = {"opset": file.opset, "ir_version": file.ir_version}
+    return Written(file.bytes, file.notes, details, file.blocked, write_float)
+
+
+def _on_saturation(before: Sequence[str], after: Sequence[str]) -> str:
+    """Return what a user must know of processors without VNNI, see :mod:`wnq.export.onnx.split`."""
+    rule = f"2 x largest input x largest weight <= {PAIR_LIMIT}"
+    split = [name for name in before if name not in after]
+    text = (
+        f"No sum saturates on processors without VNNI: {rule}."
+        if not after
+        else (
+            f"On processors without VNNI the sums of {listed(after)} can saturate, and the outputs be wrong there: not {rule}."
+        )
+    )
+    if split:
+        text += f" For that, {listed(split)} have weights split in two; with --vnni they stay whole, for processors that have it."
+    return text
 
 
 def _bytes(model: Any, whole: int) -> dict[str, int]:
