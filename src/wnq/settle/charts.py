@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wnq.drawing import CSS, MARKERS, WIDTH, arm_color, chart_style, few_ticks, log_ticks, new_figure, to_svg
-from wnq.settle.wording import Json, mean_of, number, value_of
+from wnq.drawing import CSS, MARKERS, WIDTH, arm_color, chart_style, few_ticks, log_ticks, new_figure, number, to_svg
+from wnq.settle.wording import Json, mean_of, value_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wnq.drawing import ARMS, Key, arm_name, render_page, require_page
+from wnq.drawing import ARMS, Key, arm_name, number, render_page, require_page
 from wnq.files import write_text
 from wnq.settle import charts
 from wnq.settle.charts import percent
@@ -27,7 +27,6 @@ from wnq.settle.wording import (
     interval,
     mean_of,
     notes,
-    number,
     provenance,
     question,
     reason,

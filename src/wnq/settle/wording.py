@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wnq.compare import t_quantile
+from wnq.drawing.text import COUNTS, listed, number
 from wnq.settle.claims import CONTRADICTED, MISSING, SUPPORTED, UNDECIDED
 
 SIGNS = {SUPPORTED: "✓", CONTRADICTED: "✕", UNDECIDED: "~", MISSING: "–"}
@@ -30,8 +31,6 @@ LOST = (
     "fails or diverges speaks against its arm, and no interval counts it."
 )
 
-COUNTS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
 Json = Mapping[str, Any]
 
 
@@ -44,17 +43,6 @@ def mean_of(values: Iterable[Any]) -> float:
     """Return the mean of the finite values, NaN if there is none."""
     finite = [value for item in values if math.isfinite(value := value_of(item))]
     return statistics.fmean(finite) if finite else math.nan
-
-
-def number(value: float | None) -> str:
-    """Return three significant digits without exponent; a dash for None and NaN."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if not value or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.2g}"
-    return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
 def amount(test: Json, value: float | None, *, unit: bool = True) -> str:
@@ -112,12 +100,6 @@ def reason(claim: Json) -> str:
         if found and verdict != claim["verdict"]
     ]
     return "; ".join([text, *rest]) + "."
-
-
-def listed(words: Iterable[str]) -> str:
-    """Return ``a, b and c``."""
-    *first, last = list(words) or [""]
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def question(verdict: Json) -> str:
