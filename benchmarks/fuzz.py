@@ -73,6 +73,8 @@ def supervise(worker: int, workers: int, files: int, seed: int, verdicts: list[V
                 base = peak = entry["base_mb"]
                 continue
             verdicts.append(Verdict(**entry))
+            if entry["outcome"] not in PASSED:
+                print(f"\n{line}", file=sys.stderr)
             peak, start = entry["peak_mb"], entry["index"] + workers
         growth.append(peak - base)
         if process.wait() != 0:

@@ -29,6 +29,7 @@ SHARES = {
     **dict.fromkeys(SEALED, 0.1),
     **dict.fromkeys(RARE, 0.005),
     "bombs, sealed": 0.02,
+    "many tensors, sealed": 0.005,
 }
 
 State = dict[str, Tensor]

@@ -175,7 +175,9 @@ def _bomb(size: int, announced: int | None) -> bytes:
     """Return a Zstandard frame of many zeros, which may announce another size."""
     import zstandard
 
-    stream = bytearray(zstandard.ZstdCompressor(level=1).compress(bytes(size)))
+    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+    piece = bytes(min(size, 2**17))  # never the whole of it: the worker's memory is limited
+    stream = bytearray(b"".join([*(compressor.compress(piece) for _ in range(size // len(piece))), compressor.flush()]))
     if announced is not None:  # a frame of one segment: magic, descriptor, size in 4 bytes
         descriptor = stream[4]
         if descriptor >> 6 == 2:
@@ -217,7 +219,15 @@ def bombs(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
     return put_together(tensors, document)
 
 
+def many_tensors(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
+    """A valid file with thousands of tensors more, of no elements; near the limit, and beyond it."""
+    tensors, document = take_apart(data)
+    tensors |= {f"{i}.x": ("U8", [0], b"") for i in range(int(rng.choice([100, 8_000, 9_000])))}
+    return put_together(tensors, document)
+
+
 SEALED: dict[str, Mutation] = {
     **{"document, sealed": document_edited, "storage, sealed": storage_edited, "values, sealed": values_edited},
     **{"tensors, sealed": tensors_swapped, "streams, sealed": streams_edited, "bombs, sealed": bombs},
+    "many tensors, sealed": many_tensors,
 }

@@ -13,7 +13,6 @@ import functools
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -93,9 +92,7 @@ def measure(network: str, weights: str, bits: int, seed: int, model: nn.Module, 
     rows, codes = [], {}
     for coder in CODERS:
         path = folder / f"{coder}.safetensors"
-        begin = time.perf_counter()
         report = wnq.save(model, path, coder=coder)
-        seconds = time.perf_counter() - begin
         content = contents(path)
         found = {name: quantized.codes for name, quantized in content.quantized.items()}
         codes = codes or found
@@ -113,7 +110,6 @@ def measure(network: str, weights: str, bits: int, seed: int, model: nn.Module, 
                 "methods": dict(Counter(layer.method for layer in report.layers)),
                 "entropy_bits": 8 * report.entropy_bytes / report.weights,
                 "packed_bits": 8 * report.packed_bytes / report.weights,
-                "save_seconds": round(seconds, 3),
                 "layers": [dataclasses.asdict(layer) for layer in report.layers] if network == "digits_cnn" else None,
                 "goals": goals(network, bits, report),
                 "strict_excess": report.file_bytes / strict_bound(report) - 1,
@@ -170,8 +166,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "at their widths + all else in float) + 16 KiB.",
         "",
         "| network | weights | bits | coder | file | float / file | codes | at width | entropy | codes / entropy | bits a weight | "
-        "header | layers by method | seconds to save | goals | beside the strict bound |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---|---:|",
+        "header | layers by method | goals | beside the strict bound |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---:|",
     ]
     groups: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -189,7 +185,7 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
             f"| {mean('file_bytes'):,.0f} | {mean('float_bytes') / mean('file_bytes'):.2f} | {mean('packed_bytes'):,.0f} "
             f"| {mean('ideal_bytes'):,.0f} | {mean('entropy_bytes'):,.0f} "
             f"| {mean('packed_bytes') / mean('entropy_bytes'):.4f} | {mean('packed_bits'):.3f} | {mean('header_bytes'):,.0f} "
-            f"| {names(row)} | {mean('save_seconds'):.2f} | {verdict} | {100 * mean('strict_excess'):+.1f} % |"
+            f"| {names(row)} | {verdict} | {100 * mean('strict_excess'):+.1f} % |"
         )
     return lines
 

@@ -81,6 +81,14 @@ def test_registered_models_rebuild_without_being_passed(name: str, path: Path) -
     assert torch.equal(loaded(x), model(x))
 
 
+def test_building_a_registered_model_does_not_import_the_compiler(path: Path) -> None:
+    """It took two seconds: random initialization on the meta device imports torch._dynamo."""
+    torch.manual_seed(0)
+    save(trained(registered_model("digits_cnn"), wnq.get_method("wnq", w_bits=3), torch.randn(2, 1, 8, 8)), path)
+    code = "import sys, wnq; wnq.load(sys.argv[1]); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
 def test_a_loaded_or_frozen_model_saves_to_the_same_bytes(path: Path) -> None:
     for coder in CODERS:
         model = net(w_bits=4, granularity="channel")

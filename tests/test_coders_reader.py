@@ -23,7 +23,7 @@ def reader(blocks: list[str]) -> dict[str, Any]:
 
 
 def test_the_reader_is_short_and_needs_no_library_of_ours() -> None:
-    assert [len([line for line in block.splitlines() if line.strip()]) <= 36 for block in BLOCKS] == [True, True]
+    assert [len([line for line in block.splitlines() if line.strip()]) <= 42 for block in BLOCKS] == [True, True]
     assert not re.search(r"import (wnq|torch|safetensors|constriction)", "".join(BLOCKS))
 
 

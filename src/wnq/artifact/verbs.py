@@ -6,11 +6,14 @@ name. Weights that layers share are stored once. Training-only state, such as fl
 quantizers, is left out: a loaded model is for inference.
 """
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wnq.artifact.coders import CODERS, versions
 from wnq.artifact.coding import Coding, Stored
@@ -200,6 +203,15 @@ def _other_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return rest, aliases
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Random initialization does nothing. On the meta device there is nothing to fill, but trying imports torch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
 def _registered(content: Content, *, meta: bool) -> nn.Module:
     """Build the registered model that a file names; on the meta device nothing is allocated."""
     if content.manifest.model is None:
@@ -208,7 +220,11 @@ def _registered(content: Content, *, meta: bool) -> nn.Module:
         )
     name, options = content.manifest.model["name"], content.manifest.model["options"]
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta" if meta else "cpu"),
+            _WithoutValues() if meta else contextlib.nullcontext(),
+        ):
             model = registered_model(name, **options)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ArtifactError(f"{content.where}: cannot rebuild its model {name!r:.80}: {error}") from None
