@@ -21,7 +21,7 @@ RANKS = [
     {"analysis", "artifact", "metrics", "recorder", "sensitivity", "budget"},
     {"integer", "allocation", "integrations"},
     {"export", "report", "train"},
-    {"recipe"},
+    {"recipe", "speed"},
     {"demo", "compare"},
     {"settle"},
     {"cli"},

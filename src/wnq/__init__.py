@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wnq.activations import register_input
     from wnq.allocation import plan_for_budget
-    from wnq.analysis import LayerStats, collect_evidence, layer_stats, weight_stats
+    from wnq.analysis import (
+        LayerStats,
+        ModelEvidence,
+        checkpoint_evidence,
+        checkpoint_stats,
+        collect_evidence,
+        layer_stats,
+        weight_stats,
+    )
     from wnq.artifact import ArtifactError, SizeReport, inspect_file, load, save, unpack_file
     from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
     from wnq.budget import parse_budget
     from wnq.checkpoints import open_checkpoint
     from wnq.data import load_data
+    from wnq.export import export_model
     from wnq.folding import batchnorm_pairs, fold_batchnorm_, merge_batchnorm_
+    from wnq.integer import Conversion, convert
     from wnq.methods import Method, get_method, list_inputs, list_methods, register
     from wnq.metrics import evaluate
     from wnq.models import build_model, list_models
@@ -33,10 +43,20 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "activations": ("register_input",),
-    "analysis": ("LayerStats", "collect_evidence", "layer_stats", "weight_stats"),
+    "analysis": (
+        "LayerStats",
+        "ModelEvidence",
+        "checkpoint_evidence",
+        "checkpoint_stats",
+        "collect_evidence",
+        "layer_stats",
+        "weight_stats",
+    ),
     "artifact": ("ArtifactError", "SizeReport", "inspect_file", "load", "save", "unpack_file"),
     "attach": ("calibrate_", "freeze_", "get_plan", "input_signs", "param_groups", "quantize_", "quantized_layers"),
     "data": ("load_data",),
+    "export": ("export_model",),
+    "integer": ("Conversion", "convert"),
     "metrics": ("evaluate",),
     "folding": ("batchnorm_pairs", "fold_batchnorm_", "merge_batchnorm_"),
     "methods": ("Method", "get_method", "list_inputs", "list_methods", "register"),
@@ -59,8 +79,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "ArtifactError",
     "CodebookQuantizer",
+    "Conversion",
     "LayerStats",
     "Method",
+    "ModelEvidence",
     "Plan",
     "Prober",
     "Quantized",
@@ -72,8 +94,12 @@ __all__ = [
     "batchnorm_pairs",
     "build_model",
     "calibrate_",
+    "checkpoint_evidence",
+    "checkpoint_stats",
     "collect_evidence",
+    "convert",
     "evaluate",
+    "export_model",
     "fit",
     "fold_batchnorm_",
     "format_plan",

@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wnq.cli import compare, demo, evidence, export, files, planning, sensitivity, settle, training
+from wnq.cli import bench, compare, demo, evidence, export, files, planning, sensitivity, settle, training
 
 app = typer.Typer(
     name="wnq",
@@ -42,6 +42,7 @@ for register in (
     evidence.register,
     files.register,
     export.register,
+    bench.register,
 ):
     register(app)
 
