@@ -5,11 +5,9 @@ import pytest
 import torch
 
 import wnq
-from wnq.activations import input_builder
 from wnq.methods.ewgs import LearnedRange
 from wnq.testing import LAWS, METHOD_LAWS
 
-FAST_LAWS = [law for law in LAWS if law.__name__ != "compiles"]
 (COMPILES,) = [law for law in LAWS if law.__name__ == "compiles"]
 
 
@@ -205,13 +203,6 @@ def test_common_option_reaches_the_inputs():
         inside = (x > book.amin()) & (x < book.amax())
         expected = torch.where(inside, g * (1 + 0.3 * g.sign() * error), 0)
         assert torch.allclose(a.grad, expected, atol=1e-7), activation
-
-
-@pytest.mark.parametrize("law", FAST_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_laws(bits, law):
-    law(lambda _: input_builder("ewgs", bits)())
-    law(lambda x: wnq.get_method("ewgs", w_bits=bits).weight(x, 0))
 
 
 def test_weight_compiles():

@@ -110,12 +110,11 @@ def test_ties_keep_the_share_exact():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("bits", range(3, 9))
+@pytest.mark.parametrize("bits", [3, 6])
 def test_laws(bits, share):
     method = wnq.get_method("hbb", w_bits=bits, share=share)
-    for law in LAWS:
-        if law.__name__ != "compiles" or (bits == 3 and share == 0.4):
-            law(lambda x: method.weight(x, 0))
+    for law in LAWS[:-1]:
+        law(lambda x: method.weight(x, 0))
     for law in LAWS[:4]:
         law(lambda x: method.weight(x, 1))
 

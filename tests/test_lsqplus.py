@@ -5,11 +5,9 @@ import pytest
 import torch
 
 import wnq
-from wnq.activations import input_builder
 from wnq.methods.lsqplus import RANGES, SAMPLE, OffsetStep
 from wnq.testing import LAWS, METHOD_LAWS
 
-FAST_LAWS = [law for law in LAWS if law.__name__ != "compiles"]
 (COMPILES,) = [law for law in LAWS if law.__name__ == "compiles"]
 
 
@@ -132,14 +130,6 @@ def test_negative_inputs_keep_levels():
     assert (started(2, x)(x) < 0).any()
     with pytest.raises(RuntimeError, match="calibrate_"):
         OffsetStep(2)(x)
-
-
-@pytest.mark.parametrize("law", FAST_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_laws(bits, law):
-    law(lambda _: input_builder("lsqplus", bits)())
-    if bits > 1:
-        law(lambda x: wnq.get_method("lsqplus", w_bits=bits).weight(x, 0))
 
 
 def test_input_compiles():

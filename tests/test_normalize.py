@@ -42,8 +42,10 @@ def test_laws_hold_behind_every_normalizer(name, normalize):
     method = method_with(name, normalize)
     assert isinstance(method.weight(torch.ones(2, 3), 0), Preceded)
     broken = []
+    # What stands in front decides these; the rest needs one normalizer to be seen.
+    held = HELD if normalize == "max_abs" else HELD[:5]
     for law in LAWS:
-        for axis in (0, 1) if law.__name__ == "exact" else (0,) if law.__name__ in HELD else ():
+        for axis in (0, 1) if law.__name__ == "exact" else (0,) if law.__name__ in held else ():
             try:
                 law(lambda x, axis=axis: method.weight(x, axis))
             except AssertionError as error:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import wnq
-from wnq.activations import PACT, input_builder
+from wnq.activations import PACT
 from wnq.methods import MethodInfo
 from wnq.testing import LAWS
 
@@ -63,10 +63,8 @@ def test_the_clip_is_decayed_like_the_weights_and_shrinks_without_inputs_above_i
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law.__name__ != "compiles"], ids=lambda law: law.__name__)
 def test_laws(law):
-    for bits in range(1, 9):
-        law(lambda x, bits=bits: wnq.get_method("pact", w_bits=bits).weight(x, 0))
+    for bits in (1, 3, 8):
         law(lambda _, bits=bits: PACT(bits, start=0.5))
-        law(lambda _, bits=bits: input_builder("pact", bits)())
 
 
 def test_compiles():
