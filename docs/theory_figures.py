@@ -99,13 +99,15 @@ def equilibrium(density: Density, bits: int, grid: str, *, gain: float = 1.0, mo
     """Return the clip at which gain times the pull equals the push, by bisection."""
     pull = pull_moving if moving else pull_resting
     low, high = 0.1, density.peak if math.isfinite(density.peak) else 50.0
-    for _ in range(60):
+    for _ in range(40):
         clip = (low + high) / 2
         low, high = (clip, high) if gain * pull(density, bits, grid, clip) < push(density, clip) else (low, clip)
     return clip
 
 
-def simulate(bits: int, grid: str, gain: float, *, weights: int = 256, rows: int = 8, steps: int = 2000) -> list[float]:
+def simulate(
+    bits: int, grid: str, gain: float, *, weights: int = 256, rows: int = 8, steps: int = 2000, rate: float = 3e-3
+) -> list[float]:
     """Descend |w_q - t|^2 / 2 from w = t, and return max|w| / rms(t), averaged over rows and the last 40 % of the steps.
 
     One number for a Gaussian t and one for a Laplace t; each row has its own maximum.
@@ -123,7 +125,7 @@ def simulate(bits: int, grid: str, gain: float, *, weights: int = 256, rows: int
     for step in range(steps):
         (gradient,) = torch.autograd.grad((quantizer(weight) - target).square().sum() / 2, weight)
         with torch.no_grad():
-            weight -= 3e-3 * gradient
+            weight -= rate * gradient
             if step >= first:
                 peaks += weight.abs().amax(1)
     return (peaks / (steps - first)).view(2, rows).mean(1).tolist()
@@ -340,7 +342,7 @@ def draw_clip(panels: Sequence[Axes]) -> None:
                 label=short(density),
             )
             axes.plot(*optimal_clip(density, bits, grid="symmetric"), "o", color=COLORS[density.name], markersize=4)
-        axes.set(yscale="log", xlabel="clip / rms", title=width_name(bits, "symmetric"), ylim=(5e-3, 1.2))
+        axes.set(yscale="log", xlabel="clip / rms", title=width_name(bits, "symmetric"), ylim=(3e-3, 1.2))
     panels[0].set_ylabel("relative error")
     panels[2].legend()
 

@@ -166,7 +166,7 @@ class StudentT(_Scaled):
 
 @dataclass(frozen=True)
 class UniformDensity(_Scaled):
-    """The flat density from -sqrt(3) to sqrt(3) at unit mean square: the smallest crest factor of any density that fades."""
+    """The flat density from -sqrt(3) to sqrt(3) at unit mean square: the smallest crest of all that never rise away from zero."""
 
     @property
     def name(self) -> str:
