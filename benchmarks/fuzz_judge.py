@@ -75,7 +75,7 @@ def seeds(folder: Path) -> list[Seed]:
     """Valid files of both versions, every coder and every kind of codebook; ``folder`` is for temporary files."""
     cases: list[tuple[str, str, dict[str, Any], Callable[[], nn.Module] | None]] = [
         ("symmetric w3, a scale a channel", "wnq", {"w_bits": 3, "grid": "symmetric", "granularity": "channel"}, Net),
-        ("full w2", "wnq", {"w_bits": 2}, Net),
+        ("full w2, rounded outputs", "wnq", {"w_bits": 2}, Net),
         ("free levels w2, float inputs", "lqnets", {"w_bits": 2, "a_bits": 32}, Net),
         ("digits_cnn w2", "wnq", {"w_bits": 2}, None),
     ]
@@ -83,7 +83,8 @@ def seeds(folder: Path) -> list[Seed]:
     for name, method, options, build in cases:
         torch.manual_seed(0)
         model = build() if build else wnq.build_model("digits_cnn")
-        wnq.quantize_(model, wnq.make_plan(model, wnq.get_method(method, **options)))
+        residual_bits = 8 if "rounded outputs" in name else 32
+        wnq.quantize_(model, wnq.make_plan(model, wnq.get_method(method, **options), residual_bits=residual_bits))
         wnq.calibrate_(model, torch.randn(4, 3 if build else 1, 8, 8))
         for coder in ("none", "zstd", "ans"):
             path = folder / "seed.safetensors"
