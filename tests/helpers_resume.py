@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str | None, dict]] = {
     "ema": ("wnq", {"ema_decay": 0.9, "bn_batches": 3}),
     "lsq": ("lsq", {"optimizer": "adamw", "lr": 1e-3, "clip_grad_norm": 1.0, "quantizer_weight_decay": 1e-4}),
     "dropout": ("wnq", {"label_smoothing": 0.1}),
+    "rounded": ("wnq", {"ema_decay": 0.9}),
     "distilled": ("wnq", {"distill_weight": 0.5}),
     "admm": ("elbnn", {"bn_batches": 3, "ema_decay": 0.9}),
     "guided": ("wnq", {"clip_grad_norm": 1.0}),
@@ -35,7 +36,7 @@ def make_case(case: str) -> tuple[nn.Module, nn.Module | None, TrainConfig]:
         model = nn.Sequential(*list(model)[:-1], nn.Dropout(0.3), list(model)[-1])
     teacher = copy.deepcopy(model) if case in ("distilled", "guided") else None
     if method is not None:
-        quantize_(model, make_plan(model, get_method(method)))
+        quantize_(model, make_plan(model, get_method(method), residual_bits=8 if case == "rounded" else 32))
     return model, teacher, TrainConfig(**{**COMMON, **settings})
 
 

@@ -10,7 +10,7 @@ SOURCE = Path(wnq.__file__).parent
 # Each room may import those before it; rooms of one rank do not know each other.
 RANKS = [
     {"ste", "files", "layers", "environment", "names"},
-    {"quantizer", "registered", "drawing"},
+    {"quantizer", "registered", "drawing", "readers"},
     {"normalizers", "starting", "packing", "bases", "theory"},
     {"learned_step"},
     {"normalized", "activations"},

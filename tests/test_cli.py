@@ -18,7 +18,7 @@ from wnq.models import build_model
 
 COMMANDS = [
     *("demo", "methods", "plan", "train", "evaluate", "compare", "settle", "sensitivity", "stats", "report"),
-    *("pack", "inspect", "unpack", "export"),
+    *("pack", "inspect", "unpack", "export", "bench"),
 ]
 
 FLOAT = '[model]\nname = "digits_cnn"\n[data]\nlimit = 200\n[train]\nepochs = 1\nbatch_size = 50\n'

@@ -12,9 +12,9 @@ from torch import nn
 import wnq
 from wnq.activations import list_inputs
 from wnq.integer import DeployedEmbedding, DeployedLayer, convert, input_grid
-from wnq.integer.pairs import foldable_pairs
 from wnq.layers import INDEX_INPUT, channel_axis
 from wnq.quantizer import Quantized, Quantizer
+from wnq.readers import foldable_pairs
 
 EPS = 2.0**-24
 

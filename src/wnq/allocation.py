@@ -97,6 +97,7 @@ def plan_for_budget(
     first_last_bits: int | None = 8,
     keep_float: Sequence[str] = (),
     override: Mapping[str, Method] | None = None,
+    residual_bits: int = FLOAT_BITS,
     solver: str = "exact",
 ) -> BudgetedPlan:
     """Choose a width for every layer that no other rule decides, so that the sum of their costs is least.
@@ -114,6 +115,7 @@ def plan_for_budget(
         first_last_bits: as :func:`wnq.make_plan`.
         keep_float: likewise.
         override: likewise; such layers are not chosen.
+        residual_bits: as :func:`wnq.make_plan`.
         solver: one of :data:`wnq.budget.SOLVERS`.
 
     Raises:
@@ -122,7 +124,14 @@ def plan_for_budget(
     """
     check_choice(solver, SOLVERS, where="solver")
     method = _base(method, sensitivity)
-    plan = make_plan(model, method, first_last_bits=first_last_bits, keep_float=keep_float, override=override)
+    plan = make_plan(
+        model,
+        method,
+        first_last_bits=first_last_bits,
+        keep_float=keep_float,
+        override=override,
+        residual_bits=residual_bits,
+    )
     free = [entry for entry in plan.layers if entry.method is method and entry.tied_to is None]
     if not free:
         raise ValueError(
@@ -149,7 +158,7 @@ def plan_for_budget(
         replace(entry, method=methods[entry.tied_to or entry.name]) if entry.method is method else entry
         for entry in plan.layers
     )
-    return BudgetedPlan(Plan(layers, plan.floats), choices, found, uniform_allocations(options), capacity, outside)
+    return BudgetedPlan(replace(plan, layers=layers), choices, found, uniform_allocations(options), capacity, outside)
 
 
 def _base(method: Method | None, sensitivity: Sensitivity) -> Method:

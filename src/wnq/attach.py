@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wnq.layers import INDEX_INPUT, channel_axis
+from wnq.methods.jacob import RunningRange
 from wnq.names import did_you_mean
 from wnq.plan import LayerPlan, Plan
 from wnq.prepared import (
     accept_float_checkpoint,
+    accept_unrounded_checkpoint,
+    attach_output_,
     deployed,
     float_weight,
     keep_input,
@@ -39,6 +42,7 @@ def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
     """
     modules = dict(model.named_modules())
     layers = {entry.name: _checked_layer(modules, entry, type(model).__name__) for entry in plan.layers}
+    _check_outputs(modules, plan, type(model).__name__)
     quantizers: dict[str, Quantizer] = {}
     for entry in plan.layers:
         layer = layers[entry.name]
@@ -49,6 +53,7 @@ def quantize_(model: nn.Module, plan: Plan) -> nn.Module:
             quantizers[entry.name] = quantizer
             attach_weight_(layer, quantizer, observed=entry.tied_to is None)
         attach_sides_(layer, entry)
+    attach_outputs_(model, plan)
     set_plan_(model, plan)
     return model
 
@@ -126,6 +131,37 @@ def attach_sides_(layer: nn.Module, entry: LayerPlan) -> None:
         layer.register_load_state_dict_pre_hook(accept_float_checkpoint)
 
 
+def _check_outputs(modules: dict[str, nn.Module], plan: Plan, kind: str) -> None:
+    layers, seen = [entry.name for entry in plan.layers], set[str]()
+    for output in plan.outputs:
+        if output.name not in modules:
+            hint = did_you_mean(output.name, modules)
+            raise ValueError(f"the plan rounds the output of {output.name!r}, which {kind} does not have.{hint}")
+        if output.layer not in layers:
+            hint = did_you_mean(output.layer, layers)
+            raise ValueError(
+                f"the plan rounds the output of {output.name!r} for {output.layer!r}, which it does not quantize.{hint}"
+            )
+        if output.name in seen or hasattr(modules[output.name], "output_quantizer"):
+            raise ValueError(f"the output of {output.name!r} is rounded already; an output is rounded once.")
+        seen.add(output.name)
+
+
+def output_quantizer(bits: int) -> Quantizer:
+    """Return what rounds an output: a grid over its running range, in which zero is exact, at BatchNorm's own pace."""
+    return RunningRange(bits, momentum=0.1)
+
+
+def attach_outputs_(model: nn.Module, plan: Plan) -> None:
+    """Round the outputs that a plan lists."""
+    device = next((p.device for p in model.parameters()), None)
+    for output in plan.outputs:
+        module = model.get_submodule(output.name)
+        attach_output_(module, output_quantizer(output.bits).to(device).train(module.training))
+    if plan.outputs:
+        model.register_load_state_dict_pre_hook(accept_unrounded_checkpoint)
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
     """Yield ``(name, layer, weight quantizer)``, in order; a weight that several layers share comes once."""
     seen: set[int] = set()
@@ -178,7 +214,7 @@ def param_groups(
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, *inputs: Any, **named_inputs: Any) -> nn.Module:
-    """Start every input quantizer from one batch, in place, leaving all other state (BatchNorm, dropout) alone.
+    """Start every quantizer of inputs and outputs from one batch, in place, leaving all other state (BatchNorm, dropout) alone.
 
     Training does the same at its first batch; call this before evaluating an untrained model or to avoid one recompilation.
 
@@ -191,6 +227,8 @@ def calibrate_(model: nn.Module, *inputs: Any, **named_inputs: Any) -> nn.Module
         for module in model.modules():
             if isinstance(getattr(module, "input_quantizer", None), Quantizer):
                 module.training = True
+            if isinstance(getattr(module, "output_quantizer", None), Quantizer):
+                cast(Quantizer, module.output_quantizer).training = True
         output = model(*inputs, **named_inputs)
     finally:
         for module, mode in modes.items():

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wnq.layers import channel_axis
-from wnq.prepared import float_weight, weight_quantizer
+from wnq.layers import BatchNorm, channel_axis
+from wnq.prepared import float_weight, move_output_, weight_quantizer
 from wnq.quantizer import Quantized, Quantizer, along_axis, compute_dtype
+from wnq.readers import foldable_pairs
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -72,39 +72,18 @@ def _shift(batchnorm: BatchNorm, mean: Tensor, deviation: Tensor) -> Tensor:
     return beta - _gamma(batchnorm, mean) * mean / deviation
 
 
-@torch.no_grad()
 def batchnorm_pairs(model: nn.Module, *inputs: Any) -> list[tuple[str, str]]:
-    """Return ``(layer, BatchNorm)`` names wherever a BatchNorm's input is the very output of a convolution or linear layer.
+    """Return ``(layer, BatchNorm)`` names wherever a BatchNorm alone reads what a convolution or linear layer puts out.
 
-    The model runs once, in eval mode. A layer whose output feeds a BatchNorm and something else as well cannot be told
-    apart: leave such pairs out of the list.
+    The model runs once, in eval mode. A layer whose output something else reads as well, such as a shortcut, is left out, and
+    so are layers and BatchNorms that run more than once: folding would change their results.
 
     Args:
         model: the float model.
         inputs: what its forward takes; the smallest batch will do.
     """
-    names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[Tensor, str]] = {}
-    pairs: list[tuple[str, str]] = []
-
-    def after(module: nn.Module, _: Any, output: Any) -> None:
-        made[id(output)] = (output, names[module])  # keeping the tensor keeps its id
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if id(args[0]) in made:
-            pairs.append((made[id(args[0])][1], names[module]))
-
-    handles = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, FOLDABLE)]
-    handles += [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, BatchNorm)]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return pairs
+    found = foldable_pairs(model, *inputs)
+    return [(layer, norm) for layer, norm in found.items() if isinstance(model.get_submodule(layer), FOLDABLE)]
 
 
 def fold_batchnorm_(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
@@ -128,7 +107,7 @@ def fold_batchnorm_(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Mo
     for layer_name, norm_name in pairs:
         layer, batchnorm = modules[layer_name], cast(BatchNorm, modules[norm_name])
         path, _, attribute = norm_name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, nn.Identity())
+        setattr(model.get_submodule(path), attribute, move_output_(batchnorm, nn.Identity()))
         layer.folded_batchnorm = batchnorm
         quantizer = weight_quantizer(layer)
         if quantizer is not None:

@@ -15,8 +15,12 @@ CHANNEL_AXIS: dict[type[nn.Module], int] = {
 }
 """Layers whose ``weight`` can be quantized, with the dimension of their output channels."""
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 INDEX_INPUT = (nn.Embedding, nn.EmbeddingBag)
 """Layers whose input is indices, which are never quantized."""
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """Layers that bypass their children or keep several weights: left float, whole."""

@@ -10,10 +10,14 @@ from typing import Any
 from torch import nn
 
 from wnq.files import write_text
-from wnq.layers import CHANNEL_AXIS, FUSED, channel_axis
+from wnq.layers import CHANNEL_AXIS, CONVOLUTIONS, FUSED, channel_axis
 from wnq.methods import Method, get_method
 from wnq.names import did_you_mean
 from wnq.quantizer import FLOAT_BITS, check_bits
+from wnq.readers import unrounded_outputs
+
+OUTPUT_BITS = 8
+"""Width of the outputs that are rounded for an integer engine; 32 leaves them float."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,30 @@ class FloatLayer:
 
 
 @dataclass(frozen=True)
+class OutputPlan:
+    """One output that is rounded in training because an integer engine rounds it.
+
+    Attributes:
+        name: the module whose output it is, in ``model.named_modules()``: a convolution, or the BatchNorm or ReLU behind it.
+        layer: the convolution.
+        bits: width, 2 to 8.
+    """
+
+    name: str
+    layer: str
+    bits: int = OUTPUT_BITS
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, where=f"bits of output {self.name!r}", low=2)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What :func:`wnq.quantize_` will do to a model: every layer with parameters stands in one of the two lists."""
+    """What :func:`wnq.quantize_` will do to a model: every layer with parameters stands in one of the first two lists."""
 
     layers: tuple[LayerPlan, ...]
     floats: tuple[FloatLayer, ...]
+    outputs: tuple[OutputPlan, ...] = ()
 
     def __getitem__(self, name: str) -> Method:
         """Return the method of a layer.
@@ -96,6 +119,7 @@ class Plan:
                 for layer in self.layers
             ],
             "floats": [vars(layer) for layer in self.floats],
+            "outputs": [vars(output) for output in self.outputs],
         }
 
     @staticmethod
@@ -120,11 +144,14 @@ class Plan:
                 FloatLayer(str(e["name"]), str(e["kind"]), int(e["parameters"]), str(e["reason"]))
                 for e in data["floats"]
             )
+            outputs = tuple(
+                OutputPlan(str(e["name"]), str(e["layer"]), int(e["bits"])) for e in data.get("outputs", ())
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"not a plan: {type(error).__name__} {error}; expected 'layers' and 'floats' as Plan.to_json() writes them."
             ) from None
-        return Plan(layers, floats)
+        return Plan(layers, floats, outputs)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -150,6 +177,7 @@ def make_plan(
     first_last_bits: int | None = 8,
     keep_float: Sequence[str] = (),
     override: Mapping[str, Method] | None = None,
+    residual_bits: int = FLOAT_BITS,
 ) -> Plan:
     """Decide what every layer of a model gets. The model is only read.
 
@@ -162,10 +190,16 @@ def make_plan(
         keep_float: shell wildcards of layers to leave in floating point.
         override: shell wildcard -> method, for exceptions and mixed widths; later entries win over earlier ones and over
             the rule of the first and last layer.
+        residual_bits: 8 rounds what convolutions put out wherever a quantized input is not its only reader, as at the ends of
+            residual branches: engines that run a convolution in integers only with rounded outputs then compute the trained
+            function. 32 leaves these outputs float. The places are found by following the forward with :mod:`torch.fx`.
 
     Raises:
-        ValueError: nothing to quantize, the model is quantized already, or a pattern matches no layer (with the closest names).
+        ValueError: nothing to quantize, the model is quantized already, a pattern matches no layer (with the closest names), or
+            with ``residual_bits`` the forward cannot be followed.
     """
+    if residual_bits not in (OUTPUT_BITS, FLOAT_BITS):
+        raise ValueError(f"residual_bits must be {OUTPUT_BITS}, or {FLOAT_BITS} for float, got {residual_bits!r}.")
     override = override or {}
     named = list(_walk(model))
     names = [name for name, _, reason in named if reason is None]
@@ -199,7 +233,15 @@ def make_plan(
             f"{type(model).__name__} has nothing to quantize: no {', '.join(sorted(k.__name__ for k in CHANNEL_AXIS))} "
             f"is left after keep_float={list(keep_float)!r}."
         )
-    return Plan(tuple(layers), tuple(floats))
+    return Plan(tuple(layers), tuple(floats), _outputs(model, layers) if residual_bits == OUTPUT_BITS else ())
+
+
+def _outputs(model: nn.Module, layers: Sequence[LayerPlan]) -> tuple[OutputPlan, ...]:
+    """Find the outputs of convolutions that an integer engine would have to round."""
+    rounding = {entry.name for entry in layers if entry.method.input is not None}
+    weighted = [entry.name for entry in layers if entry.method.weight is not None and entry.name in rounding]
+    integer = [name for name in weighted if isinstance(model.get_submodule(name), CONVOLUTIONS)]
+    return tuple(OutputPlan(*place) for place in unrounded_outputs(model, integer, rounding).items())
 
 
 def boundary_method(method: Method, bits: int) -> Method:

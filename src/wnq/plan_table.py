@@ -16,8 +16,12 @@ def plan_rows(plan: Plan, signs: Mapping[str, str] | None = None) -> list[dict[s
         signs: layer -> what its input quantizer decided, from :func:`wnq.input_signs`; before the first batch: undecided.
     """
     rows: list[dict[str, Any]] = []
+    rounded = {output.layer: output for output in plan.outputs}
     for layer in plan.layers:
         takes_indices = layer.kind in {kind.__name__ for kind in INDEX_INPUT}
+        output = rounded.get(layer.name)
+        notes = [f"tied to {layer.tied_to}"] if layer.tied_to else []
+        notes += [] if output is None else [f"output of {output.name} at {output.bits} bits"]
         quantized_input = layer.method.a_bits != FLOAT_BITS and not takes_indices
         rows.append(
             {
@@ -30,7 +34,7 @@ def plan_rows(plan: Plan, signs: Mapping[str, str] | None = None) -> list[dict[s
                 "input": (signs or {}).get(layer.name, "first batch decides") if quantized_input else "float",
                 "parameters": layer.parameters,
                 "kib": round(layer.size_kib, 2),
-                "note": f"tied to {layer.tied_to}" if layer.tied_to else "",
+                "note": "; ".join(notes),
             }
         )
     for left in plan.floats:
@@ -49,6 +53,15 @@ def plan_rows(plan: Plan, signs: Mapping[str, str] | None = None) -> list[dict[s
             }
         )
     return rows
+
+
+def outputs_in_words(plan: Plan) -> str:
+    """Return in one line which outputs a plan rounds."""
+    if not plan.outputs:
+        return "No output is rounded: one quantized input alone reads what each convolution puts out."
+    names = [output.name for output in plan.outputs]
+    shown = ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
+    return f"Outputs rounded to {plan.outputs[0].bits} bits, because no quantized input alone reads them: {shown}."
 
 
 def format_plan(plan: Plan, signs: Mapping[str, str] | None = None) -> str:

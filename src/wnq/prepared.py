@@ -59,6 +59,28 @@ def pass_output(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor
     return cast(nn.Module, module.output_module)(module, vars(module).pop("float_input"), output)
 
 
+def quantize_output(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook."""
+    quantizer = cast(nn.Module, module.output_quantizer)
+    if isinstance(quantizer, Quantizer) and quantizer.training:
+        quantizer.observe_(output)
+    return quantizer(output)
+
+
+def attach_output_(module: nn.Module, quantizer: nn.Module) -> None:
+    """Round what a module puts out."""
+    module.output_quantizer = quantizer
+    module.register_forward_hook(quantize_output)
+
+
+def move_output_(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Round what ``new`` puts out as ``old`` was rounded, if it was, and return ``new``, which takes its place."""
+    if hasattr(old, "output_quantizer"):
+        attach_output_(new, cast(nn.Module, old.output_quantizer))
+        del old.output_quantizer
+    return new
+
+
 def quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -92,6 +114,17 @@ def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefi
         _fill(state_dict, prefix + "parametrizations.weight.0.", quantizer)
     if isinstance(getattr(module, "input_quantizer", None), Quantizer):
         _fill(state_dict, prefix + "input_quantizer.", cast(Quantizer, module.input_quantizer))
+
+
+def accept_unrounded_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook of a whole model: a checkpoint that has no state of any rounded output is of a model that rounds none.
+
+    All of them keep their values then; a checkpoint that has some is held to all.
+    """
+    if not any("output_quantizer." in key for key in state_dict):
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name.rpartition(".")[2] == "output_quantizer" and isinstance(module, Quantizer):
+                _fill(state_dict, f"{prefix}{name}.", module)
 
 
 def _fill(state_dict: dict[str, Any], prefix: str, quantizer: Quantizer) -> None:

@@ -12,6 +12,7 @@ from wnq.artifact.coding import Stored
 from wnq.artifact.container import ArtifactError
 from wnq.artifact.layout import SCALE, Codes, key_of
 from wnq.artifact.manifest import Manifest
+from wnq.attach import output_quantizer
 from wnq.layers import INDEX_INPUT, channel_axis
 from wnq.prepared import weight_quantizer
 from wnq.quantizer import Quantized, Quantizer
@@ -168,14 +169,22 @@ class Content:
             raise ArtifactError(f"{self.where}: tensor {key!r} is missing.")
         return self.rest.pop(key)
 
-    def is_input_state(self, key: str) -> bool:
-        """Return whether a key of :attr:`state` belongs to an input quantizer."""
-        layer, part, _ = self.manifest.aliases.get(key, key).partition("input_quantizer.")
-        return bool(part) and layer.removesuffix(".") in self._with_input
+    def is_quantizer_state(self, key: str) -> bool:
+        """Return whether a key of :attr:`state` belongs to a quantizer of an input or output."""
+        key = self.manifest.aliases.get(key, key)
+        for kind, owners in self._quantizers.items():
+            owner, part, _ = key.partition(f"{kind}.")
+            if part and owner.removesuffix(".") in owners:
+                return True
+        return False
 
     @cached_property
-    def _with_input(self) -> set[str]:
-        return {entry.name for entry in self.manifest.plan.layers if entry.method.input is not None}
+    def _quantizers(self) -> dict[str, set[str]]:
+        plan = self.manifest.plan
+        return {
+            "input_quantizer": {entry.name for entry in plan.layers if entry.method.input is not None},
+            "output_quantizer": {output.name for output in plan.outputs},
+        }
 
     def check_fits(self, model: nn.Module) -> None:
         """Compare layers, keys, shapes and dtypes with a float model, which is only read; nothing is decoded.
@@ -185,6 +194,7 @@ class Content:
         """
         modules = dict(model.named_modules())
         inputs: dict[nn.Module, Quantizer] = {}
+        outputs: dict[nn.Module, Quantizer] = {}
         for entry in self.manifest.plan.layers:
             layer = modules.get(entry.name)
             if layer is None or channel_axis(layer) is None:
@@ -200,11 +210,18 @@ class Content:
             self._compare(f"layer {entry.name!r}", "shape", entry.shape, tuple(cast(Tensor, layer.weight).shape))
             if entry.method.input is not None and not isinstance(layer, INDEX_INPUT):
                 inputs[layer] = entry.method.input()
+        for output in self.manifest.plan.outputs:
+            if output.name not in modules:
+                raise ArtifactError(
+                    f"{self.where}: the output of {output.name!r} is rounded in the file but there is no such module in the model."
+                )
+            outputs[modules[output.name]] = output_quantizer(output.bits)
         expected = model.state_dict()
         for path, module in model.named_modules(remove_duplicate=False):
-            if module in inputs:
-                prefix = key_of(path, "input_quantizer.")
-                expected |= {prefix + key: value for key, value in inputs[module].state_dict().items()}
+            for kind, quantizers in (("input_quantizer.", inputs), ("output_quantizer.", outputs)):
+                if module in quantizers:
+                    prefix = key_of(path, kind)
+                    expected |= {prefix + key: value for key, value in quantizers[module].state_dict().items()}
         for keys, problem in (
             (expected.keys() - self.signatures.keys(), "is in the model but not in the file"),
             (self.signatures.keys() - expected.keys(), "is in the file but not in the model"),

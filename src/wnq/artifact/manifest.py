@@ -12,7 +12,7 @@ from wnq.artifact.bundle import is_shape
 from wnq.artifact.coding import Coding, Stored, read_coding
 from wnq.artifact.container import FORMAT_VERSION, ArtifactError
 from wnq.methods import Method, get_method
-from wnq.plan import FloatLayer, LayerPlan, Plan
+from wnq.plan import FloatLayer, LayerPlan, OutputPlan, Plan
 
 _T = TypeVar("_T")
 
@@ -61,6 +61,8 @@ class Manifest:
             layers.append([layer.name, kinds.index(kind)] + ([] if layer.tied_to is None else [layer.tied_to]))
         reasons = sorted({(left.kind, left.reason) for left in self.plan.floats})
         floats = [[left.name, left.parameters, reasons.index((left.kind, left.reason))] for left in self.plan.floats]
+        names = [layer.name for layer in self.plan.layers]
+        outputs = [[output.name, names.index(output.layer), output.bits] for output in self.plan.outputs]
         return {
             "plan": {
                 "methods": methods,
@@ -68,6 +70,7 @@ class Manifest:
                 "layers": layers,
                 "reasons": [list(reason) for reason in reasons],
                 "floats": floats,
+                **({"outputs": outputs} if outputs else {}),
             },
             "aliases": dict(self.aliases),
             "coder": self.coding.to_json(),
@@ -98,7 +101,7 @@ class Manifest:
                 raise reader.fail(str(error)) from None
         reader.keys(document, "the metadata", known)
         plan = reader.get(document, "plan", dict)
-        reader.keys(plan, "plan", ("methods", "kinds", "layers", "reasons", "floats"))
+        reader.keys(plan, "plan", ("methods", "kinds", "layers", "reasons", "floats", "outputs"))
         methods = [reader.method(entry) for entry in reader.few(plan, "methods")]
         layers: dict[str, LayerPlan] = {}
         stored: dict[str, Stored] = {}
@@ -114,7 +117,7 @@ class Manifest:
             model = reader.mapping(model, "model", ("name", "options"))
             model = {"name": reader.get(model, "name", str), "options": reader.get(model, "options", dict)}
         return Manifest(
-            plan=Plan(tuple(layers.values()), reader.floats(plan)),
+            plan=Plan(tuple(layers.values()), reader.floats(plan), reader.outputs(plan, list(layers))),
             stored=stored,
             aliases={
                 k: reader.typed(v, str, f"aliases[{k!r}]") for k, v in reader.get(document, "aliases", dict).items()
@@ -218,6 +221,19 @@ class _Reader:
                 raise self.fail(f"float layer {name!r} has reason number {index} of {len(reasons)}")
             found.append(FloatLayer(name, reasons[index][0], parameters, reasons[index][1]))
         return tuple(found)
+
+    def outputs(self, plan: Mapping[str, Any], layers: list[str]) -> tuple[OutputPlan, ...]:
+        found: dict[str, OutputPlan] = {}
+        for value in self.few(plan, "outputs") if "outputs" in plan else ():
+            name, index, bits = self.row(value, (str, int, int), "a rounded output")
+            if not 0 <= index < len(layers):
+                raise self.fail(f"rounded output {name!r} has layer number {index} of {len(layers)}")
+            if not 2 <= bits <= 8:
+                raise self.fail(f"rounded output {name!r} must have 2 to 8 bits, got {bits}")
+            if name in found:
+                raise self.fail(f"rounded output {name!r} stands twice in the plan")
+            found[name] = OutputPlan(name, layers[index], bits)
+        return tuple(found.values())
 
     def row(self, value: Any, kinds: tuple[type, ...], what: str) -> list[Any]:
         row = self.typed(value, list, what)

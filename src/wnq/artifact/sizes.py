@@ -48,7 +48,7 @@ class SizeReport:
         packed_bytes: codes of all weights.
         scale_bytes: scales of all weights.
         codebook_bytes: their levels.
-        rest_bytes: all other tensors: biases, normalization, float layers, input quantizers.
+        rest_bytes: all other tensors: biases, normalization, float layers, quantizers of inputs and outputs.
         header_bytes: table of tensors, metadata, and shapes of packed matrices.
         file_bytes: the whole file.
         float_bytes: the model's float state_dict with float32 weights.
@@ -115,7 +115,7 @@ def sizes_of(content: Content, path: str | Path) -> SizeReport:
     scales = sum(book.scale.nbytes for book in content.books.values())
     codebooks = sum(book.nbytes for book in content.books.values())
     rest = sum(tensor.nbytes for tensor in content.rest.values())
-    float_rest = sum(tensor.nbytes for key, tensor in content.rest.items() if not content.is_input_state(key))
+    float_rest = sum(tensor.nbytes for key, tensor in content.rest.items() if not content.is_quantizer_state(key))
     data = Path(path).read_bytes()
     return SizeReport(
         layers=tuple(layers),

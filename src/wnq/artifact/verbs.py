@@ -22,7 +22,7 @@ from wnq.artifact.content import Content, store_levels
 from wnq.artifact.layout import CODED, SCALE, SHAPE, key_of, shift_of, store_coded, store_rows, to_matrix
 from wnq.artifact.manifest import Manifest
 from wnq.artifact.sizes import SizeReport, sizes_of
-from wnq.attach import attach_codebook_, attach_sides_, get_plan, quantized_layers, set_plan_
+from wnq.attach import attach_codebook_, attach_outputs_, attach_sides_, get_plan, quantized_layers, set_plan_
 from wnq.models import registered_model
 from wnq.names import check_choice
 from wnq.prepared import deployed, float_weight, weight_quantizer
@@ -125,6 +125,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             parameters[owner] = nn.Parameter(content.state[key_of(owner, "weight")].to(old.device), requires_grad=False)
         # A new parameter, not a copy into the old one, which a float layer may share.
         layer.weight = parameters[owner]
+    attach_outputs_(model, content.manifest.plan)
     model.load_state_dict(content.state)
     for entry in content.manifest.plan.layers:
         owner = entry.tied_to or entry.name
@@ -139,14 +140,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def unpack_file(path: str | Path) -> dict[str, Tensor]:
     """Return a file's weights as the plain state_dict of the float model, which it loads into strictly.
 
-    Quantization of inputs is not part of it. Weights that layers share are one tensor under several keys.
+    Quantization of inputs and outputs is not part of it. Weights that layers share are one tensor under several keys.
 
     Raises:
         ArtifactError: the file is no valid artifact.
         ModuleNotFoundError: the package that decodes the file is not installed.
     """
     content = _content(path)
-    return {key: tensor for key, tensor in content.state.items() if not content.is_input_state(key)}
+    return {key: tensor for key, tensor in content.state.items() if not content.is_quantizer_state(key)}
 
 
 def inspect_file(path: str | Path) -> SizeReport:

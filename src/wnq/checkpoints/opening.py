@@ -15,7 +15,9 @@ from wnq.prepared import ORIGINAL
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
-QUANTIZER_STATES = re.compile(r"(^|\.)(parametrizations\.weight\.\d+|weight_quantizer|input_quantizer|output_module)\.")
+QUANTIZER_STATES = re.compile(
+    r"(^|\.)(parametrizations\.weight\.\d+|weight_quantizer|(in|out)put_quantizer|output_module)\."
+)
 """What a quantized model has beside the states of the float one."""
 
 _NORMALIZATION = re.compile(r"(norm|^ln|^bn|_ln|_bn)(_?(\d+|[a-z]))?$", re.IGNORECASE)

@@ -122,7 +122,9 @@ def _by_name(network: "nn.Module", bits: str, size: str) -> "tuple[nn.Module, Te
     """Return a network's quantized version with random weights, and random images."""
     import torch
 
-    from wnq import calibrate_, get_method, make_plan, quantize_
+    from wnq.attach import calibrate_, quantize_
+    from wnq.methods import get_method
+    from wnq.plan import make_plan
 
     shape = _numbers(size, "x", "--size")
     if len(shape) != 3:

@@ -42,6 +42,7 @@ def within_budget(
         first_last_bits=section.first_last_bits,
         keep_float=section.keep_float,
         override=overrides_of(section),
+        residual_bits=section.residual_bits,
         solver=solver,
     )
 

@@ -36,7 +36,10 @@ def register(app: typer.Typer) -> None:
 def export(
     screen: Screen,
     target: Annotated[Path, typer.Argument(help="The folder of a finished, quantized run, or a packed file.")],
-    to: Annotated[str, typer.Option(help="onnx (for ONNX Runtime) or openvino.")] = "onnx",
+    to: Annotated[
+        str,
+        typer.Option(help="onnx (for ONNX Runtime), openvino, torch (for torch.compile) or qonnx (for FPGA flows)."),
+    ] = "onnx",
     small: Annotated[
         bool, typer.Option("--small/--fast", help="Weights at their true width, or as int8. Same outputs.")
     ] = False,
@@ -85,6 +88,8 @@ def export(
     from wnq.names import check_choice
 
     check_choice(to, DIALECTS, where="--to")
+    if small and "small" not in DIALECTS[to].flavours:
+        raise ValueError(f"--small: --to {to} has no small flavour; leave it out.")
     if residual_bits not in (8, 32):
         raise ValueError(f"--residual-bits must be 8, or 32 for float, got {residual_bits}.")
     options = data_options(data_option)

@@ -133,6 +133,12 @@ def plan(
     keep_float: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave float, as a wildcard. Can be repeated.")
     ] = None,
+    residual_bits: Annotated[
+        int,
+        typer.Option(
+            help="8 rounds what convolutions put out at the ends of residual branches, for engines of integers; 32 does not."
+        ),
+    ] = 32,
     exception: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,7 +170,8 @@ def plan(
     With --budget each layer gets the width that keeps the sum of the measured loss changes least, and keeps the gradient through
     its maximum or not as the measurement says. --first-last-bits, --override and --keep-float decide first.
     """
-    from wnq.plan_table import plan_rows
+    from wnq.plan_table import outputs_in_words, plan_rows
+    from wnq.quantizer import FLOAT_BITS
     from wnq.recipe import QuantizeSection, plan_of
 
     widths = {"w_bits": w_bits, "a_bits": a_bits}
@@ -175,6 +182,7 @@ def plan(
         | pairs(option, "--option"),
         first_last_bits=_first_last(first_last_bits),
         keep_float=tuple(keep_float or ()),
+        residual_bits=residual_bits,
         override=tuple(override(text) for text in exception or ()),
     )
     _check_budget(model, budget, sensitivity, section.options)
@@ -196,6 +204,8 @@ def plan(
         f"{quantized:,} weights in {len(made.layers)} layers; {totals['float_kib']:,} KiB as float32, "
         f"{totals['kib']:,} KiB as planned."
     )
+    if residual_bits != FLOAT_BITS:
+        screen.say(outputs_in_words(made))
     screen.work()
     result: dict[str, Any] = {"model": model, "rows": rows, "totals": totals, "plan": made.to_json()}
     if chosen is not None and budget is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from wnq.data import Dataset
+    from wnq.plan import Plan
     from wnq.recipe import DataSection, Recipe
 
 
@@ -72,6 +73,8 @@ def train(
     """Train a recipe, float or quantized, into a folder. Ctrl-C saves the state; --resume continues."""
     import torch
 
+    from wnq.plan_table import outputs_in_words
+    from wnq.quantizer import FLOAT_BITS
     from wnq.recipe import load_recipe, recipe_from, run_recipe
     from wnq.train import Interrupted
 
@@ -89,7 +92,9 @@ def train(
     out = out or Path("runs") / recipe.stem
     with screen.bar("reading images") as on_image:
         data = read_images(plan.data, on_image)
-    _check(plan, data)
+    checked = _check(plan, data)
+    if checked is not None and plan.quantize is not None and plan.quantize.residual_bits != FLOAT_BITS:
+        screen.say(outputs_in_words(checked))
     screen.work()
     accelerator = _tracker(out, plan) if tensorboard else None
     try:
@@ -153,8 +158,8 @@ def read_images(section: "DataSection", on_image: Any) -> "Dataset":
     return data_of(section, on_image)
 
 
-def _check(recipe: "Recipe", data: "Dataset") -> None:
-    """Find what is wrong with a recipe before anything is written."""
+def _check(recipe: "Recipe", data: "Dataset") -> "Plan | None":
+    """Find what is wrong with a recipe before anything is written; return its plan, if it quantizes a network of wnq's."""
     import torch
 
     from wnq.models import build_model
@@ -164,11 +169,10 @@ def _check(recipe: "Recipe", data: "Dataset") -> None:
         if path is not None:
             existing(Path(path))
     if ":" in recipe.model.name:
-        return  # may be large, or on a hub: let the run build it, once
+        return None  # may be large, or on a hub: let the run build it, once
     with torch.device("meta"):
         model = build_model(recipe.model.name, **resolve(recipe, data).model.options)
-    if recipe.quantize is not None:
-        plan_of(recipe.quantize, model)
+    return None if recipe.quantize is None else plan_of(recipe.quantize, model)
 
 
 def _tracker(out: Path, recipe: "Recipe") -> "Accelerator":

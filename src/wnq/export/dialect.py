@@ -88,5 +88,20 @@ DIALECTS = {
         "a Q/DQ file for ONNX Runtime, all in integers",
     ),
     "openvino": Dialect("openvino", ".onnx", "wnq.export.onnx.writing:for_openvino", "a Q/DQ file for OpenVINO"),
+    "torch": Dialect("torch", ".pt2", "wnq.export.program.writing:for_torch", "a program for torch.compile"),
+    "executorch": Dialect(
+        "executorch",
+        ".pte",
+        "wnq.export.program.executorch:for_executorch",
+        "a program for ExecuTorch with XNNPACK, as on phones",
+        ("fast",),
+    ),
+    "qonnx": Dialect(
+        "qonnx",
+        ".onnx",
+        "wnq.export.qonnx.writing:write_qonnx",
+        "a QONNX file for FPGA flows, such as FINN and hls4ml",
+        ("fast",),
+    ),
 }
 """What ``wnq export --to`` takes."""

@@ -12,8 +12,19 @@
 True
 """
 
+from wnq.integer.biases import round_biases_
 from wnq.integer.convert import Conversion, LayerRecord, convert
 from wnq.integer.inputs import InputGrid, input_grid
-from wnq.integer.layer import DeployedEmbedding, DeployedLayer
+from wnq.integer.layer import DeployedEmbedding, DeployedLayer, DeployedOutput
 
-__all__ = ["Conversion", "DeployedEmbedding", "DeployedLayer", "InputGrid", "LayerRecord", "convert", "input_grid"]
+__all__ = [
+    "Conversion",
+    "DeployedEmbedding",
+    "DeployedLayer",
+    "DeployedOutput",
+    "InputGrid",
+    "LayerRecord",
+    "convert",
+    "input_grid",
+    "round_biases_",
+]

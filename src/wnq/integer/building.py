@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnq.folding import BatchNorm
 from wnq.integer.inputs import InputGrid
 from wnq.integer.layer import Computing, DeployedEmbedding, DeployedLayer, Transposed, from_output, per_output
 from wnq.integer.weights import INT8, WeightForm
-from wnq.quantizer import Quantizer
+from wnq.layers import BatchNorm
 
 NEGLIGIBLE = 2.0**-24
 """A channel that adds less than this share of its own bias adds nothing in float32."""
@@ -19,7 +18,7 @@ SCALE_FLOOR = 2.0**-100
 """Smaller scales than this underflow when they meet an input step or an accumulator."""
 
 
-def _factor(norm: BatchNorm | None, out: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def folded_factor(norm: BatchNorm | None, out: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what an output channel is multiplied by and what is added, float64, BatchNorm and the layer's bias together."""
     own = torch.zeros(out, dtype=torch.float64) if bias is None else bias.detach().double()
     if norm is None:
@@ -37,7 +36,7 @@ def deployed_layer(
     bits: int,
     norm: BatchNorm | None,
     grid: InputGrid | None,
-    quantizer: Quantizer | None,
+    quantizer: nn.Module | None,
     output: nn.Module | None,
 ) -> DeployedLayer:
     """Return the layer that stands for ``layer``.
@@ -54,7 +53,7 @@ def deployed_layer(
     transposed = isinstance(layer, Transposed)
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    factor, bias = _factor(norm, out, layer.bias)
+    factor, bias = folded_factor(norm, out, layer.bias)
     if form is None:  # a float weight behind a quantized input
         values = layer.weight.detach()
         wide = per_output(values.double(), transposed, groups) * factor.reshape(-1, *[1] * (values.ndim - 1))

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from wnq.attach import freeze_
-from wnq.folding import BatchNorm, merge_batchnorm_
+from wnq.folding import merge_batchnorm_
 from wnq.integer.building import deployed_embedding, deployed_layer
 from wnq.integer.inputs import input_grid
-from wnq.integer.layer import Computing, DeployedEmbedding, DeployedLayer
-from wnq.integer.pairs import foldable_pairs
+from wnq.integer.layer import Computing, DeployedEmbedding, DeployedLayer, DeployedOutput
+from wnq.integer.tables import input_table
 from wnq.integer.weights import WeightForm, weight_form
+from wnq.layers import BatchNorm
 from wnq.plan import Plan
-from wnq.prepared import deployed, float_weight, weight_quantizer
+from wnq.prepared import deployed, float_weight, move_output_, weight_quantizer
 from wnq.quantizer import FLOAT_BITS, Quantized, Quantizer
+from wnq.readers import foldable_pairs
 
 PLAIN = (*get_args(Computing), nn.Embedding)
 
@@ -38,6 +40,7 @@ class LayerRecord:
         sums: ``integer`` where both sides of the sum are integers, else ``float``.
         batchnorm: the BatchNorm that is part of scale and bias now, or None.
         why: in one line.
+        output: integers that training rounded the layer's output to, behind BatchNorm and ReLU where these follow; None for most.
     """
 
     name: str
@@ -49,10 +52,11 @@ class LayerRecord:
     sums: str
     batchnorm: str | None
     why: str
+    output: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return asdict(self)
+        return {**asdict(self), "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def convert(model: nn.Module, *inputs: Any) -> Conversion:
         and (name in quantized or _input_quantizer(model.get_submodule(name)) is not None)
     }
     freeze_(model)
+    outputs = _deploy_outputs_(model)
     records: dict[str, LayerRecord] = {}
     for name, layer in list(model.named_modules()):
         quantizer = _input_quantizer(layer)
@@ -118,17 +123,22 @@ def convert(model: nn.Module, *inputs: Any) -> Conversion:
             records[name] = _record(name, layer, new, form, "indices")
         else:
             grid, reason = (None, "float, as planned") if quantizer is None else input_grid(quantizer)
+            source: nn.Module | None = quantizer
             if quantizer is not None and grid is None:
-                reason = f"as trained, in floating point: {reason}"
+                source = input_table(quantizer) or quantizer
+                reason = f"{source if source is not quantizer else 'as trained'}, in floating point: {reason}"
             norm = cast("BatchNorm | None", model.get_submodule(pairs[name]) if name in pairs else None)
             output = cast(nn.Module, layer.output_module) if name in active else None
-            new = deployed_layer(cast(Computing, layer), form, bits, norm, grid, quantizer, output)
+            new = deployed_layer(cast(Computing, layer), form, bits, norm, grid, source, output)
             records[name] = replace(_record(name, layer, new, form, str(grid or reason)), batchnorm=pairs.get(name))
             if norm is not None:
                 _put(model, norm, nn.Identity())
         _put(model, layer, new)
         if layer is model:
             model = new
+    for output in () if plan is None else plan.outputs:
+        if output.layer in records:
+            records[output.layer] = replace(records[output.layer], output=outputs.get(output.name))
     return Conversion(model, (*records.values(), *_planned_floats(plan, records)))
 
 
@@ -142,6 +152,19 @@ def _input_quantizer(layer: nn.Module) -> Quantizer | None:
         return None
     quantizer = getattr(layer, "input_quantizer", None)
     return quantizer if isinstance(quantizer, Quantizer) else None
+
+
+def _deploy_outputs_(model: nn.Module) -> dict[str, str]:
+    """Put integers in the place of the quantizers of outputs, in place; return module -> which."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "output_quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            grid, reason = input_grid(quantizer)
+            found[name] = str(grid or f"as trained, in floating point: {reason}")
+            if grid is not None:
+                module.output_quantizer = DeployedOutput(grid)
+    return found
 
 
 def _codes(model: nn.Module) -> dict[str, tuple[Quantized, int]]:
@@ -227,7 +250,8 @@ def _planned_floats(plan: Plan | None, records: Mapping[str, LayerRecord]) -> li
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under all its names."""
+    """Put a module in the place of another, under all its names; what it puts out is rounded as before."""
+    move_output_(old, new)
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old and name]:
         path, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(path), attribute, new)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wnq.integer.inputs import InputGrid
 from wnq.integer.weights import level_values
-from wnq.quantizer import Quantizer, along_axis
+from wnq.quantizer import along_axis
 
 FLOAT_EXACT = 2**24
 """Every integer up to here is a float32. A sum of integers whose magnitudes add up to no more is therefore exact in float32 in
@@ -33,7 +33,7 @@ class DeployedLayer(nn.Module):
         scale: float32, ``(out,)``; > 0 for integers.
         bias: float32, ``(out,)``.
         grid: integers of the input; None for a float input.
-        input_quantizer: what the input passes through instead, if its quantizer is no such grid.
+        input_quantizer: what the input passes through instead, a table where that is possible, if its quantizer is no such grid.
         output_module: what the output passes through; almost always None.
         bits: width of a weight's code; 32 for ``values``.
         largest_sum: what no sum exceeds in magnitude, whatever the input; 0 where the sums are not of integers.
@@ -58,7 +58,7 @@ class DeployedLayer(nn.Module):
         bias: Tensor,
         bits: int,
         grid: InputGrid | None,
-        input_quantizer: Quantizer | None,
+        input_quantizer: nn.Module | None,
         output_module: nn.Module | None,
     ) -> None:
         super().__init__()
@@ -167,6 +167,26 @@ def from_output(weight: Tensor, transposed: bool, groups: int) -> Tensor:
     if not transposed:
         return weight
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+class DeployedOutput(nn.Module):
+    """Rounds what a module puts out: ``y = integer * step``.
+
+    Attributes:
+        grid: the integers and their step.
+    """
+
+    def __init__(self, grid: InputGrid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values of the integers, float32."""
+        return self.grid.integers(x) * self.grid.step
+
+    def extra_repr(self) -> str:
+        """Show the grid in ``print(model)``."""
+        return str(self.grid)
 
 
 class DeployedEmbedding(nn.Module):

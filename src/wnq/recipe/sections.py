@@ -52,6 +52,8 @@ class QuantizeSection:
     """Of the method, for example ``{ w_bits = 2, a_bits = 2 }``."""
     first_last_bits: int | None = 8
     keep_float: tuple[str, ...] = ()
+    residual_bits: int = 32
+    """8 rounds what ends a residual branch, for engines of integers; 32 leaves it float. See :func:`wnq.make_plan`."""
     override: tuple[dict[str, Any], ...] = ()
     """Exceptions: tables with ``pattern``, and ``method`` and ``options`` as above."""
     plan: str | None = None
@@ -181,6 +183,7 @@ def plan_of(section: QuantizeSection, model: nn.Module) -> Plan:
         first_last_bits=section.first_last_bits,
         keep_float=section.keep_float,
         override=overrides_of(section),
+        residual_bits=section.residual_bits,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from wnq.prepared import ORIGINAL
 
-QUANTIZERS = re.compile(r"(^|\.)(parametrizations\.weight|input_quantizer|output_module)\.")
+QUANTIZERS = re.compile(r"(^|\.)(parametrizations\.weight|(in|out)put_quantizer|output_module)\.")
 """States that a quantized model has beside those of the float one."""
 
 

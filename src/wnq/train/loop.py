@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wnq.data import Augment, Batches, Dataset
 from wnq.files import write_text
+from wnq.integer import round_biases_
 from wnq.metrics import Metrics, evaluate
 from wnq.procedures import Procedure, looked_ahead
 from wnq.train.batchnorm import reestimate_batchnorm_
@@ -170,7 +171,11 @@ class _Run:
         self.procedure.finish_(self.model)
         if self.config.bn_batches:
             reestimate_batchnorm_(self.model, self.train, self.config.bn_batches, bf16=self.config.bf16)
-        if val is None or self.average is not None or self.config.bn_batches or self.models["procedure"] is not None:
+        rounded = any(hasattr(module, "output_quantizer") for module in self.model.modules())
+        if rounded:
+            round_biases_(self.model, next(iter(self.val.epoch(0)))[0][:2])
+        finished = self.average is not None or self.config.bn_batches or self.models["procedure"] is not None
+        if val is None or finished or rounded:
             val = self._evaluate(self.model)
         images = self.steps * self.images_per_step * self.config.epochs
         return TrainResult(val, self.state.history, self.state.seconds, images / max(self.state.seconds, 1e-9))

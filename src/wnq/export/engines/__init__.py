@@ -12,6 +12,9 @@ __all__ = ["ENGINES", "Engine", "Operator", "latency", "open_engine", "processor
 ENGINES = {
     "onnxruntime": ("wnq.export.engines.onnxruntime:OnnxRuntime", "onnx"),
     "openvino": ("wnq.export.engines.openvino:OpenVino", "openvino"),
+    "torch": ("wnq.export.engines.torch:Torch", ""),
+    "executorch": ("wnq.export.engines.executorch:ExecuTorch", "executorch"),
+    "qonnx": ("wnq.export.engines.qonnx:Qonnx", "qonnx"),
 }
 """Name -> where its class is, and the extra of wnq that brings its package."""
 

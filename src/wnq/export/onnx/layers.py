@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from wnq.export.onnx.operators import dequantize, look_up, round_input
-from wnq.integer import DeployedEmbedding, DeployedLayer
+from wnq.integer import DeployedEmbedding, DeployedLayer, DeployedOutput
+from wnq.prepared import move_output_
 
 
 class OnnxLayer(nn.Module):
@@ -58,6 +59,9 @@ class OnnxLayer(nn.Module):
         layer, grid = self.layer, self.layer.grid
         if grid is not None:
             h = round_input(x, grid.step, grid.zero_point, grid.low, grid.high)
+            if not layer.is_integer:
+                # It changes nothing, and keeps ONNX Runtime from rounding float weights between two quantizations to 8 bits.
+                h = torch.clamp(h, grid.low * grid.step, grid.high * grid.step)
         else:
             h = x if layer.input_quantizer is None else layer.input_quantizer(x)
         weight = self.values()
@@ -95,14 +99,34 @@ class OnnxEmbedding(nn.Module):
         return dequantize(rows, self.one, self.zero, 0) * layer.scale[index].unsqueeze(-1)
 
 
+class OnnxOutput(nn.Module):
+    """Stands for a :class:`DeployedOutput`."""
+
+    def __init__(self, output: DeployedOutput) -> None:
+        super().__init__()
+        self.grid = output.grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values of the integers."""
+        return round_input(x, self.grid.step, self.grid.zero_point, self.grid.low, self.grid.high)
+
+
+FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    DeployedLayer: OnnxLayer,
+    DeployedEmbedding: OnnxEmbedding,
+    DeployedOutput: OnnxOutput,
+}
+
+
 def onnx_form(model: nn.Module) -> nn.Module:
     """Return a copy of an integer reference model in the form that translates to ONNX."""
     model = copy.deepcopy(model)
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, DeployedLayer | DeployedEmbedding):
-            kind = OnnxLayer if isinstance(module, DeployedLayer) else OnnxEmbedding
-            new = made.setdefault(id(module), kind(module))  # pyright: ignore[reportArgumentType]
+        if type(module) in FORMS:
+            if id(module) not in made:
+                made[id(module)] = FORMS[type(module)](module)
+            new = move_output_(module, made[id(module)])
             if not name:
                 return new
             path, _, attribute = name.rpartition(".")

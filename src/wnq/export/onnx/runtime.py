@@ -2,7 +2,9 @@
 
 Its ``QLinearConv`` must be followed by a quantization, and adds an int32 bias in units of input step times weight scale.
 
-- A convolution whose output nothing quantizes gets an 8-bit quantization behind it, its range taken from calibration data.
+- Clips and poolings between a convolution and its quantization go behind it (:mod:`wnq.export.onnx.ahead`).
+- A convolution whose output nothing quantizes gets an 8-bit quantization behind it, its range taken from calibration data. After a
+  training with ``residual_bits=8`` there are none: what training rounded stands there already.
 - *Gain*: integers times g and scale over g are the same weights with a bias unit g times finer.
 - *Search*: integer biases and scales with which sums pass the same thresholds of the next quantization as with the exact biases
   (:mod:`wnq.export.onnx.biases`).
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from wnq.export.onnx.biases import Biases, best_biases
+from wnq.export.onnx.ahead import quantize_ahead_
+from wnq.export.onnx.biases import Biases, best_biases, integer_biases
 from wnq.export.onnx.graph import (
     array_of,
     constant_of,
@@ -24,7 +27,8 @@ from wnq.export.onnx.graph import (
     replace_initializers_,
     tensor_of,
 )
-from wnq.export.onnx.split import PAIR_LIMIT, input_bounds
+from wnq.export.onnx.split import input_bounds, join_codes_
+from wnq.integer.biases import largest_gain
 
 ENDS = 1e-4
 """Share of calibration values on either side that an 8-bit range may cut off."""
@@ -33,6 +37,8 @@ ENDS = 1e-4
 def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
     """Change a fast model for ONNX Runtime, in place, and return what to tell the user."""
     notes: list[str] = []
+    join_codes_(model)
+    quantize_ahead_(model, _integer_convolutions(model))
     added = _quantize_outputs_(model, calibration) if calibration else []
     if added:
         notes.append(
@@ -53,11 +59,9 @@ def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
         largest = bounds[1]
         dequantize = made[conv.input[1]]
         weight, scale = array_of(values[dequantize.input[0]]), array_of(values[dequantize.input[1]])
-        peak = int(np.abs(weight.astype(np.int32)).max()) if weight.size else 0
-        room = min(127, PAIR_LIMIT // (2 * largest))
-        gain = max(1, room // peak) if peak else 1
+        gain: int | None = largest_gain(int(np.abs(weight.astype(np.int32)).max(initial=0)), largest)
         if len(readers_of(model, dequantize.input[0])) > 1:
-            gain = 1
+            gain = None
         step = array_of(constant_of(made[conv.input[0]].input[1], values, made))
         found = _integer_biases(model, conv, following, made, values, weight, scale, room=gain, largest_input=largest)
         wrong, searched = wrong + int(found.missed.sum()), searched + int(found.asked.sum())
@@ -69,8 +73,18 @@ def tune_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) -> list[str]:
     replace_initializers_(model, new)
     drop_unread_(model)
     if searched:
-        notes.append(f"Integer biases: {wrong} of {searched} thresholds lie between other sums than in the reference.")
+        notes.append(
+            f"Integer biases: {wrong} of {searched} thresholds lie between other sums than in the reference."
+            + (" wnq.integer.round_biases_ at the end of training leaves none." if wrong else "")
+        )
     return notes
+
+
+def _integer_convolutions(model: Any) -> list[Any]:
+    values = initializers(model)
+    made = {name: node for node in model.graph.node for name in node.output}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    return [conv for conv in convolutions if input_bounds(conv, made, values) is not None]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -102,10 +116,10 @@ def _integer_biases(
     weight: Any,
     scale: Any,
     *,
-    room: int,
+    room: int | None,
     largest_input: int,
 ) -> Biases:
-    """Return what :func:`best_biases` does, for a convolution in a graph and the quantization that follows it."""
+    """Return biases for a convolution in a graph and the quantization behind it; ``room`` is None where others share its weight."""
     step = float(array_of(constant_of(made[conv.input[0]].input[1], values, made)))
     unit = step * scale.astype(np.float64)
     # The exporter drops biases that are all zero.
@@ -118,6 +132,8 @@ def _integer_biases(
         low, high = (int(array_of(constant_of(name, values, made))) for name in clip.input[1:3])
     thresholds = (np.arange(low, high) - int(zero) + 0.5) * out
     largest = np.abs(weight.astype(np.int64)).reshape(len(unit), -1).sum(1) * largest_input
+    if room is None:
+        return integer_biases(bias, unit, thresholds, 1, largest)
     return best_biases(bias, unit, thresholds, room, largest)
 
 
@@ -147,12 +163,10 @@ def _quantize_outputs_(model: Any, calibration: Sequence[tuple[Tensor, ...]]) ->
     """Put an 8-bit quantization behind each integer convolution whose output nothing quantizes, in place; return their layers."""
     from onnx import helper
 
-    values = initializers(model)
-    made = {name: node for node in model.graph.node for name in node.output}
     places: dict[str, str] = {}
     ends = {value.name for value in model.graph.output}
-    for conv in [node for node in model.graph.node if node.op_type == "Conv"]:
-        if input_bounds(conv, made, values) is None or _next_quantization(model, conv) is not None:
+    for conv in _integer_convolutions(model):
+        if _next_quantization(model, conv) is not None:
             continue
         name = conv.output[0]
         readers = readers_of(model, name)

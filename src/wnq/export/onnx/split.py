@@ -18,8 +18,10 @@ from wnq.export.onnx.graph import (
     replace_initializers_,
     tensor_of,
 )
+from wnq.integer.biases import PAIR_LIMIT
 
-PAIR_LIMIT = 32767
+TWICE = ":twice"
+"""End of the name of an input that is read twice."""
 
 SPLIT_PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
 
@@ -111,14 +113,34 @@ def _twice(model: Any, product: Any, made: dict[str, Any], channels: int, groups
     index = np.concatenate([order, order], axis=1).ravel()
     if groups == 1:
         axis = -1 if product.op_type == "MatMul" else 1
-        nodes = [helper.make_node("Concat", [source, source], [f"{name}:twice"], axis=axis)]
+        nodes = [helper.make_node("Concat", [source, source], [name + TWICE], axis=axis)]
     else:
         model.graph.initializer.append(tensor_of(f"{name}:order", index))
-        nodes = [helper.make_node("Gather", [source, f"{name}:order"], [f"{name}:twice"], axis=1)]
-    last = f"{name}:twice"
+        nodes = [helper.make_node("Gather", [source, f"{name}:order"], [name + TWICE], axis=1)]
+    last = name + TWICE
     for number, node in enumerate(chain):
-        copied = helper.make_node(node.op_type, [last, *node.input[1:]], [f"{name}:twice{number}"])
+        copied = helper.make_node(node.op_type, [last, *node.input[1:]], [f"{name}{TWICE}{number}"])
         nodes.append(copied)
         last = copied.output[0]
     product.input[0] = last
     return nodes
+
+
+def join_codes_(model: Any) -> None:
+    """Let products that read their input twice join its codes instead of its values, in place.
+
+    What made the input is then followed by its quantization alone, as ONNX Runtime wants it.
+    """
+    for joined in [node for node in model.graph.node if node.output[0].endswith(TWICE)]:
+        chain = [joined]
+        while chain[-1].op_type != "DequantizeLinear":
+            (following,) = readers_of(model, chain[-1].output[0])
+            chain.append(following)
+        quantize, last, back = chain[1], chain[-2], chain[-1]
+        source, values = joined.input[0], joined.output[0]
+        quantize.input[0] = source
+        joined.input[:] = [last.output[0] if name == source else name for name in joined.input]
+        back.input[0] = values
+        model.graph.node.remove(joined)
+        place = next(i for i, node in enumerate(model.graph.node) if node.output[0] == last.output[0])
+        model.graph.node.insert(place + 1, joined)

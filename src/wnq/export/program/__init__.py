@@ -1,0 +1,1 @@
+"""Programs of ``torch.export`` with integer layers: what the dialects ``torch`` and ``executorch`` write."""

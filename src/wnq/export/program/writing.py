@@ -1,0 +1,96 @@
+"""The dialect ``torch``: a ``.pt2`` program that ``torch.compile`` turns into integer kernels."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wnq.export.dialect import Options, Written
+from wnq.export.onnx.runtime import listed
+from wnq.export.program.layers import Style, program_form, runs_in_integers, saturates
+from wnq.export.program.tracing import strip_, trace_program
+from wnq.files import replacing
+from wnq.integer import Conversion, DeployedLayer
+from wnq.integer.biases import PAIR_LIMIT
+
+PARTS = {"weights": (".weight", ".planes", ".values"), "biases": (".bias",)}
+
+
+def for_torch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, options: Options) -> Written:
+    """Write the dialect ``torch``."""
+    style = Style(split=not options.vnni, planes=options.flavour == "small")
+    program = trace_program(program_form(conversion.model, style), inputs)
+    content = saved(program)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+    def write_float(path: Path) -> int:
+        return path.write_bytes(saved(trace_program(program_form(conversion.model, None), inputs)))
+
+    notes = (*_notes(conversion.model, options), IMPORTS)
+    details = {"torch": torch.__version__}
+    return Written(part_bytes(program, len(content)), notes, details, write_float=write_float)
+
+
+IMPORTS = (
+    "To run the file: import torch and torch.ao.quantization.fx._decomposed (its operators), set torch._inductor.config.freezing, "
+    "load it by torch.export.load(FILE).module(), and torch.compile that; wnq is not needed."
+)
+
+
+def saved(program: Any) -> bytes:
+    """Return a program as a ``.pt2`` file without the exporter's notes, its texts compressed."""
+    strip_(program)
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.export.save(program, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
+        for entry in source.infolist():
+            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith(".json") else zipfile.ZIP_STORED
+            fresh = zipfile.ZipInfo(entry.filename)  # 1980, so that the same model gives the same bytes
+            target.writestr(fresh, source.read(entry), kind)
+    return packed.getvalue()
+
+
+def part_bytes(program: Any, whole: int, left_out: tuple[str, ...] = ()) -> dict[str, int]:
+    """Return a program's bytes by part: weights, scales (and whatever else is a tensor), biases, graph.
+
+    Args:
+        program: that was written.
+        whole: the file's bytes.
+        left_out: endings of the names of tensors that are not in the file.
+    """
+    found = dict.fromkeys((*PARTS, "scales"), 0)
+    for name, value in (*program.state_dict.items(), *program.constants.items()):
+        if isinstance(value, torch.Tensor) and not name.endswith(left_out):
+            part = next((part for part, ends in PARTS.items() if name.endswith(ends)), "scales")
+            found[part] += value.nbytes
+    return {**found, "graph": whole - sum(found.values()), "file": whole}
+
+
+def integer_layers(model: nn.Module) -> dict[str, DeployedLayer]:
+    """Return the layers whose sums are of integers, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer) and m.is_integer}
+
+
+def _notes(model: nn.Module, options: Options) -> list[str]:
+    layers = integer_layers(model)
+    unsafe = [name for name, layer in layers.items() if saturates(layer)]
+    rule = f"2 x largest input x largest weight <= {PAIR_LIMIT}"
+    notes = [f"No sum saturates on processors without VNNI: {rule}."]
+    if unsafe and options.vnni:
+        notes = [
+            f"On processors without VNNI the sums of {listed(unsafe)} can saturate, and the outputs be wrong there: not {rule}."
+        ]
+    elif unsafe:
+        notes[0] += (
+            f" For that, {listed(unsafe)} take their sums in two halves; with --vnni they do not, for processors that have it."
+        )
+    left = [name for name, layer in layers.items() if not runs_in_integers(layer)]
+    if left:
+        notes.append(
+            f"Written as float products of integers, because torch has no integer kernel for their kind: {listed(left)}."
+        )
+    return notes
