@@ -51,7 +51,6 @@ class Torch:
         why = ""
         # A batch of unknown size serves batch 1 too, which would else be compiled again; not every network compiles so.
         for unknown in (True, False):
-            torch.compiler.reset()
             self._kinds = None
             if unknown:
                 for x in inputs:

@@ -46,7 +46,7 @@ def for_executorch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, 
         left = _left(edge) - model.floats
         if not left:
             break
-        model.floats |= left
+        model.leave_float_(left)
     content = serialized(edge)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -145,10 +145,9 @@ def _notes(model: Tuned, options: Options) -> list[str]:
             f"8-bit values, calibrated on {count} inputs, behind {len(model.outputs)} convolutions that nothing quantizes: "
             f"{listed(list(model.outputs))}."
         )
-    if model.asked:
-        notes.append(
-            f"Integer biases: {model.missed} of {model.asked} thresholds lie between other sums than in the reference."
-        )
+    missed, asked = (sum(counts) for counts in zip((0, 0), *model.thresholds.values(), strict=True))
+    if asked:
+        notes.append(f"Integer biases: {missed} of {asked} thresholds lie between other sums than in the reference.")
     if model.floats:
         notes.append(
             f"In floating point, with float32 weights, because XNNPACK takes integer products only with a quantization behind "

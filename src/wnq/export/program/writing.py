@@ -19,8 +19,19 @@ from wnq.integer.biases import PAIR_LIMIT
 PARTS = {"weights": (".weight", ".planes", ".values"), "biases": (".bias",)}
 
 
+IMPORTS = (
+    "To run the file: import torch and torch.ao.quantization.fx._decomposed (its operators), set torch._inductor.config.freezing, "
+    "load it by torch.export.load(FILE).module(), and torch.compile that; wnq is not needed."
+)
+
+
 def for_torch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, options: Options) -> Written:
-    """Write the dialect ``torch``."""
+    """Write the dialect ``torch``.
+
+    Raises:
+        ValueError: the model cannot be traced.
+        OSError: the file cannot be written.
+    """
     style = Style(split=not options.vnni, planes=options.flavour == "small")
     program = trace_program(program_form(conversion.model, style), inputs)
     content = saved(program)
@@ -33,12 +44,6 @@ def for_torch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, optio
     notes = (*_notes(conversion.model, options), IMPORTS)
     details = {"torch": torch.__version__}
     return Written(part_bytes(program, len(content)), notes, details, write_float=write_float)
-
-
-IMPORTS = (
-    "To run the file: import torch and torch.ao.quantization.fx._decomposed (its operators), set torch._inductor.config.freezing, "
-    "load it by torch.export.load(FILE).module(), and torch.compile that; wnq is not needed."
-)
 
 
 def saved(program: Any) -> bytes:

@@ -31,18 +31,27 @@ class Tuned:
     """A model for XNNPACK.
 
     Attributes:
+        source: the model that it was made from.
         model: integer layers with the numbers that XNNPACK gets.
         outputs: layer -> 8-bit integers behind it.
         floats: layers whose sums are of integers and that it runs in floating point.
-        missed: thresholds on the wrong side of a sum.
-        asked: thresholds that a sum can reach.
+        thresholds: layer -> those on the wrong side of a sum, and those that a sum can reach.
     """
 
+    source: nn.Module
     model: nn.Module
     outputs: dict[str, InputGrid] = field(default_factory=dict[str, InputGrid])
     floats: set[str] = field(default_factory=set[str])
-    missed: int = 0
-    asked: int = 0
+    thresholds: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+
+    def leave_float_(self, layers: set[str]) -> None:
+        """Let layers run in floating point, with the numbers that they had."""
+        for name in layers:
+            ours, theirs = (model.get_submodule(name) for model in (self.model, self.source))
+            ours.load_state_dict(theirs.state_dict())
+            self.outputs.pop(name, None)
+            self.thresholds.pop(name, None)
+        self.floats |= layers
 
     def program(self, inputs: tuple[Any, ...], *, largest_batch: int | None) -> Any:
         """Return the program."""
@@ -60,7 +69,7 @@ def tuned(model: nn.Module, inputs: tuple[Any, ...], calibration: Sequence[tuple
         inputs: what its forward takes.
         calibration: batches of inputs, for 8-bit values behind convolutions that nothing quantizes; without any these stay float.
     """
-    found = Tuned(copy.deepcopy(model))
+    found = Tuned(model, copy.deepcopy(model))
     layers = {n: m for n, m in found.model.named_modules() if isinstance(m, DeployedLayer) and m.is_integer}
     products = weighted_products(found.program(inputs, largest_batch=None))
     count = Counter(name for name, _ in products)
@@ -79,7 +88,7 @@ def tuned(model: nn.Module, inputs: tuple[Any, ...], calibration: Sequence[tuple
         found.outputs[name] = _eight_bits(0.0 if behind[name].clips_at_zero else low, high)
     for name, path in behind.items():
         if name not in found.floats:
-            _tune_(found, layers[name], found.outputs.get(name), path)
+            found.thresholds[name] = _tune_(layers[name], found.outputs.get(name), path)
     return found
 
 
@@ -121,8 +130,8 @@ def _eight_bits(low: float, high: float) -> InputGrid:
     return InputGrid(step, lowest, lowest + 255, 8)
 
 
-def _tune_(found: Tuned, layer: DeployedLayer, output: InputGrid | None, path: Following) -> None:
-    """Give a layer integer biases, in place."""
+def _tune_(layer: DeployedLayer, output: InputGrid | None, path: Following) -> tuple[int, int]:
+    """Give a layer integer biases, in place; return how many thresholds they miss, and of how many."""
     assert layer.weight is not None and layer.grid is not None
     if output is not None:
         step, low, high = output.step, output.low, output.high
@@ -141,4 +150,4 @@ def _tune_(found: Tuned, layer: DeployedLayer, output: InputGrid | None, path: F
     # XNNPACK's unit is the product of two float32 numbers, and its biases are floats divided by it.
     layer.scale = torch.from_numpy(new.unit / layer.grid.step).float()
     layer.bias = torch.from_numpy(new.bias * (layer.scale.double().numpy() * layer.grid.step)).float()
-    found.missed, found.asked = found.missed + int(new.missed.sum()), found.asked + int(new.asked.sum())
+    return int(new.missed.sum()), int(new.asked.sum())
