@@ -118,8 +118,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Agreement: share of equal arg-max with the trained (fake-quantized) network. Difference of logits: largest, mean. Bytes: "
         "of the small file, beside the limit. Batch 1 and 32: how many times faster than the float network in the same engine, "
-        "taken in turn; below 1 it is slower. Own noise: agreement of the trained network, computed in float32, with itself in "
-        f"float64, on {NOISE_IMAGES:,} images: what no engine can be expected to exceed.",
+        "taken in turn; below 1 it is slower. Own noise: agreement of the trained network in float32 with "
+        f"itself in float64, on {NOISE_IMAGES:,} images at most: how far the order of float operations carries by itself.",
         "",
         "| width | engine | agreement | own noise | accuracy float / trained / reference / engine | difference of logits "
         "| integer products | bytes / limit | batch 1 | batch 32 | export | goals missed |",
