@@ -20,6 +20,7 @@ import torch
 from results import hardware_tag, write_results
 from torch import Tensor
 
+from wnq.attach import freeze_
 from wnq.data import Batches, Dataset
 from wnq.environment import environment
 from wnq.export import export_model
@@ -83,8 +84,8 @@ def first(split: Any, count: int, data: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def own_noise(run: Path, x: Tensor) -> dict[str, float]:
-    """Return how the trained network, which is computed in float32, differs from itself in float64."""
-    model = load_run(run)[1]
+    """Return how the trained network, its weights rounded once, differs in float32 from itself in float64."""
+    model = freeze_(load_run(run)[1])
     single = outputs_of(model, (x,))
     return differences(single, outputs_of(model.double(), (x.double(),)))
 

@@ -148,6 +148,7 @@ def test_xnnpack_gives_what_the_program_gives(exported):
     """At batches of 1, 3 and of more than it takes at once, on inputs beyond every clip."""
     conversion, model, path, written = exported
     engine = open_engine("executorch", path)
+    assert engine.largest_batch == written.details["largest_batch"] == 32
     program = model.program((images(2),), largest_batch=None).module()
     with torch.no_grad():
         for count in (1, 3, 70):

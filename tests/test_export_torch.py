@@ -77,7 +77,7 @@ def exported(request, tmp_path_factory):
     conversion = convert(model, images(2))
     folder = tmp_path_factory.mktemp("torch")
     files, written = {}, {}
-    for flavour in ("fast", "small"):
+    for flavour in ("fast", "small") if request.param < 8 else ("fast",):
         files[flavour] = folder / f"{flavour}.pt2"
         written[flavour] = for_torch(conversion, (images(2),), files[flavour], Options(flavour))
     return request.param, conversion, files, written
@@ -107,9 +107,9 @@ def fused(path):
 
 
 def test_integer_kernels_give_what_the_reference_gives(exported):
-    """On inputs beyond every clip; the small file, whose weights must be folded for its products to be integer ones."""
+    """On inputs beyond every clip; where there is a small file, its weights must be folded for its products to be integer ones."""
     _, conversion, files, _ = exported
-    run, made = fused(files["small"])
+    run, made = fused(files.get("small", files["fast"]))
     x = images(64, scale=10)
     with torch.no_grad():
         expected = conversion.model(x)
@@ -175,15 +175,15 @@ def test_the_inputs_saturate(exported):
 
 def test_both_flavours_are_the_same_program(exported):
     """Bit for bit; the small one is smaller where there is something to gain, and the parts add up."""
-    bits, _, files, written = exported
+    _, _, files, written = exported
     x = images(16, seed=5)
-    with torch.no_grad():
-        assert torch.equal(loaded(files["fast"])(x), loaded(files["small"])(x))
+    if "small" in files:
+        with torch.no_grad():
+            assert torch.equal(loaded(files["fast"])(x), loaded(files["small"])(x))
+        assert written["small"].bytes["weights"] < 0.5 * written["fast"].bytes["weights"]
     for flavour, path in files.items():
         sizes = written[flavour].bytes
         assert sizes["file"] == path.stat().st_size == sum(v for k, v in sizes.items() if k != "file")
-    if bits == 2:
-        assert written["small"].bytes["weights"] < 0.5 * written["fast"].bytes["weights"]
 
 
 @pytest.mark.parametrize("low,high", [(-1, 1), (-3, 3), (-7, 8), (-128, 127)])

@@ -180,4 +180,5 @@ def _show(screen: Screen, found: dict[str, Any]) -> None:
     for entry in found["left_out"]:
         screen.say(f"Not measured: {entry['name']}: {entry['why']}")
     cpu = found["processor"]
-    screen.say(f"1 thread, {cpu['name']}{'' if cpu['vnni'] else ' without VNNI, so 8-bit products are slow'}.")
+    has = "with VNNI, files for such processors" if cpu["vnni"] else "without VNNI, so 8-bit products are slow"
+    screen.say(f"1 thread, {cpu['name']} {has}.")

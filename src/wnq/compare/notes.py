@@ -71,7 +71,9 @@ def _boundary(comparison: Comparison) -> str:
     kept = f" Kept float: {', '.join(section.keep_float)}." if section.keep_float else ""
     exceptions = [entry.get("pattern", "") for entry in section.override]
     special = f" Exceptions of the recipe: {', '.join(exceptions)}." if exceptions else ""
-    return f"The first and the last layer {same}, with every method.{kept}{special}"
+    rounded = section.residual_bits
+    ends = "" if rounded == 32 else f" The ends of residual branches are rounded to {rounded} bits."
+    return f"The first and the last layer {same}, with every method.{kept}{special}{ends}"
 
 
 def _recommended(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[str]:

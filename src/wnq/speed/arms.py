@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wnq.export.dialect import DIALECTS, Options
-from wnq.export.engines import open_engine
+from wnq.export.engines import open_engine, processor
 from wnq.integer import Conversion, convert
 
 Run = Callable[[Sequence[Any]], Any]
@@ -49,6 +49,7 @@ def arms_of(
     float_model: nn.Module | None = None,
     engines: Iterable[str] | None = None,
     calibration: Sequence[tuple[Tensor, ...]] = (),
+    vnni: bool | None = None,
     on_arm: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Arm], list[LeftOut]]:
     """Make a network ready in every way.
@@ -60,6 +61,7 @@ def arms_of(
         float_model: the same network in float, for PyTorch's ways; without it these are left out.
         engines: keys of :data:`wnq.export.DIALECTS`, and ``eager`` and ``compiled`` for PyTorch; by default all.
         calibration: see :class:`wnq.export.dialect.Options`; by default ``inputs``.
+        vnni: whether files are for processors with VNNI alone; by default as this one is.
         on_arm: called with (done, in all).
 
     Returns:
@@ -67,11 +69,12 @@ def arms_of(
     """
     wanted = list(engines) if engines is not None else ["eager", "compiled", *DIALECTS]
     conversion = convert(model, *inputs)
+    options = Options("fast", calibration or [inputs], vnni=processor()["vnni"] if vnni is None else vnni)
     found: list[Arm] = []
     left: list[LeftOut] = []
     for i, name in enumerate(wanted):
         if name in DIALECTS:
-            _from_files(name, conversion, inputs, folder, Options("fast", calibration or [inputs]), found, left)
+            _from_files(name, conversion, inputs, folder, options, found, left)
         elif float_model is None:
             left.append(LeftOut(f"torch {name} float", "the float network is not known"))
         else:

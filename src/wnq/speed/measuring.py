@@ -66,6 +66,7 @@ def measure_speed(
     float_model: nn.Module | None = None,
     engines: Iterable[str] | None = None,
     base: str | None = None,
+    vnni: bool | None = None,
     seconds: float = 10.0,
     seed: int = 0,
     on_arm: Callable[[int, int], None] | None = None,
@@ -80,6 +81,7 @@ def measure_speed(
         float_model: the same network in float, for PyTorch.
         engines: see :func:`wnq.speed.arms_of`.
         base: name of the arm that the others are compared with; by default the first measured one of :data:`BASE`.
+        vnni: see :func:`wnq.speed.arms_of`.
         seconds: for each batch size, all arms together.
         seed: of the order in each round.
         on_arm: called with (done, in all) while files are written.
@@ -100,7 +102,7 @@ def measure_speed(
         with tempfile.TemporaryDirectory() as folder:
             arms, left = arms_of(
                 model, tuple(x[:2] for x in inputs), Path(folder), float_model=float_model, engines=engines,
-                calibration=[tuple(x[:64] for x in inputs)], on_arm=on_arm,
+                calibration=[tuple(x[:64] for x in inputs)], vnni=vnni, on_arm=on_arm,
             )  # fmt: skip
             if not arms:
                 raise ValueError(f"nothing can be measured: {'; '.join(f'{x.name}: {x.why}' for x in left)}.")
@@ -136,6 +138,7 @@ def measure_speed(
     return {
         "base": reference,
         "rows": rows,
+        "for_vnni_alone": processor()["vnni"] if vnni is None else vnni,
         "left_out": [vars(x) for x in left],
         "threads": 1,
         "seconds": seconds,

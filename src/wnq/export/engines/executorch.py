@@ -40,14 +40,14 @@ class ExecuTorch:
         # The program must live as long as its methods, and the bytes as long as the program.
         self._program: Any = runtime.Runtime.get().load_program(self._content)
         self._method: Any = self._program.load_method("forward")
-        self._largest = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
+        self.largest_batch = int(self._method.metadata.input_tensor_meta(0).sizes()[0])
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """Return the first output."""
         count = len(inputs[0])
         parts = [
-            self._method.execute([torch.from_numpy(x[at : at + self._largest]).contiguous() for x in inputs])[0].numpy()
-            for at in range(0, count, self._largest)
+            self._method.execute([torch.from_numpy(x[at : at + self.largest_batch]).contiguous() for x in inputs])[0].numpy()
+            for at in range(0, count, self.largest_batch)
         ]
         return np.concatenate(parts)
 

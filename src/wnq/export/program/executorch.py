@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wnq.export.dialect import Options, Written
 from wnq.export.onnx.runtime import listed
 from wnq.export.program.graph import operator_name, weighted_products
@@ -63,7 +61,6 @@ def for_executorch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, 
 def lowered(program: Any) -> Any:
     """Return a program with what XNNPACK can run given to it, as an ``EdgeProgramManager``."""
     names = ",".join(layer for layer, _ in weighted_products(program))
-    threads = torch.get_num_threads()
     with _quiet():
         try:
             partition: Any = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
@@ -72,14 +69,9 @@ def lowered(program: Any) -> Any:
             raise ModuleNotFoundError(
                 f'{error.name} is not installed: pip install "wnq[executorch]".', name=error.name
             ) from None
-        # With one thread torch picks another convolution for batches of 16 and more, and so limits the batch to 15.
-        torch.set_num_threads(max(2, threads))
-        try:
-            return exir.to_edge_transform_and_lower(
-                program, partitioner=[partition.XnnpackPartitioner()], constant_methods={LAYERS: names}
-            )
-        finally:
-            torch.set_num_threads(threads)
+        return exir.to_edge_transform_and_lower(
+            program, partitioner=[partition.XnnpackPartitioner()], constant_methods={LAYERS: names}
+        )
 
 
 def serialized(edge: Any) -> bytes:

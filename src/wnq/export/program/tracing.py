@@ -30,9 +30,9 @@ def trace_program(model: nn.Module, inputs: tuple[Any, ...], *, largest_batch: i
         ValueError: the model cannot be traced.
     """
     register_operators()
-    # A batch of one would be taken for a constant.
-    inputs = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x for x in inputs)
-    inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+    # A batch of one would be taken for a constant, and one below 16 for a bound: torch asks whether there are as many, to pick a
+    # convolution, and ExecuTorch's passes would hold the batch to the answer.
+    inputs = tuple(_examples(x, largest_batch or 2) if isinstance(x, Tensor) else x for x in inputs)
     batch = torch.export.Dim("batch", min=1, max=largest_batch)
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
     with warnings.catch_warnings(), torch.no_grad():
@@ -47,6 +47,11 @@ def trace_program(model: nn.Module, inputs: tuple[Any, ...], *, largest_batch: i
             ) from error
     merge_clips_(program)
     return program
+
+
+def _examples(x: Tensor, count: int) -> Tensor:
+    """Return a batch of ``count``, of storage of its own."""
+    return torch.cat([x] * -(-count // len(x)))[:count].clone() if x.ndim and len(x) else x.clone()
 
 
 def strip_(program: Any) -> None:
