@@ -276,6 +276,20 @@ def test_another_gain_is_taken_where_it_decides_better():
         assert np.array_equal(np.searchsorted(thresholds, ours, side="right"), exact)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_threshold_at_zero_is_passed_by_the_same_sums():
+    rng = np.random.default_rng(2)
+    unit, bias, thresholds = rng.uniform(0.02, 0.1, 100), rng.normal(size=100), np.arange(-3, 4) * 0.3
+    bias[:10] = 0  # sums of zero then lie on the threshold
+    found = best_biases(bias, unit, thresholds, 8, np.full(100, 400))
+    sums = np.arange(-400, 401)
+    assert (found.missed == 0).sum() > 90
+    for channel in np.flatnonzero(found.missed == 0):
+        exact = np.searchsorted(thresholds, sums * unit[channel] + bias[channel], side="right")
+        ours = (sums * found.gain[channel] + int(found.bias[channel])) * found.unit[channel]
+        assert np.array_equal(np.searchsorted(thresholds, ours, side="right"), exact)
+
+
 SPLIT = {
     "linear": (nn.Linear(6, 4), (16, 6)),
     "conv": (nn.Conv2d(3, 4, 3, padding=1), (16, 3, 5, 5)),

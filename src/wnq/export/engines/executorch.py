@@ -45,11 +45,9 @@ class ExecuTorch:
     def run(self, inputs: Sequence[Any]) -> Any:
         """Return the first output."""
         count = len(inputs[0])
-        parts = [
-            self._method.execute([torch.from_numpy(x[at : at + self.largest_batch]).contiguous() for x in inputs])[0].numpy()
-            for at in range(0, count, self.largest_batch)
-        ]
-        return np.concatenate(parts)
+        starts = range(0, count, self.largest_batch)
+        parts = [[torch.from_numpy(x[at : at + self.largest_batch]).contiguous() for x in inputs] for at in starts]
+        return np.concatenate([self._method.execute(part)[0].numpy() for part in parts])
 
     def operators(self) -> list[Operator]:
         """Return the products that the file gives to XNNPACK, by their types, and those of ExecuTorch's own kernels."""

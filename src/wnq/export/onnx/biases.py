@@ -102,7 +102,7 @@ def integer_biases(bias: Any, unit: Any, thresholds: Any, gain: int, largest: An
     wanted = np.ceil((thresholds / unit[:, None] - exact[:, None]) / gain)
     reachable = np.abs(wanted) <= largest[:, None] + 1
     best, units, missed = rounded.copy(), unit.copy(), np.full(len(unit), np.inf)
-    left = np.arange(len(unit))
+    left, at_zero = np.arange(len(unit)), thresholds == 0
     # The more thresholds, the less room there is for a bias that is off.
     span = max(1, min(2 * gain, 8 * gain // len(thresholds)))
     shifts = np.arange(-span, span + 1)
@@ -110,12 +110,14 @@ def integer_biases(bias: Any, unit: Any, thresholds: Any, gain: int, largest: An
         offset, steep = rounded[left] + shift, 1 / unit[left]
         # Steepness 1 / unit: each threshold t must end in (wanted - 1, wanted] times the gain, at t / unit - offset.
         ends = gain * wanted[left] + offset[:, None]
-        ends = np.stack([ends - gain, ends]) / thresholds
-        low = np.where(reachable[left], ends.min(0), -np.inf).max(1, initial=-np.inf)
-        high = np.where(reachable[left], ends.max(0), np.inf).min(1, initial=np.inf)
+        sides = np.stack([ends - gain, ends]) / np.where(at_zero, 1, thresholds)
+        # A threshold at zero stays there whatever the unit: all units serve it, or none.
+        never = np.where((ends - gain < 0) & (ends >= 0), -np.inf, np.inf)
+        low = np.where(reachable[left], np.where(at_zero, never, sides.min(0)), -np.inf).max(1, initial=-np.inf)
+        high = np.where(reachable[left], np.where(at_zero, -never, sides.max(0)), np.inf).min(1, initial=np.inf)
         low, high = np.maximum(low, (1 - STRETCH) * steep), np.minimum(high, (1 + STRETCH) * steep)
         fits = (high - low) > MARGIN * steep
-        best[left[fits]], units[left[fits]], missed[left[fits]] = offset[fits], 2 / (low + high)[fits], 0
+        best[left[fits]], units[left[fits]], missed[left[fits]] = offset[fits], 2 / (low[fits] + high[fits]), 0
         left, offset = left[~fits], offset[~fits]
         if not len(left):
             break

@@ -18,7 +18,6 @@ from wnq.integer.biases import PAIR_LIMIT
 
 PARTS = {"weights": (".weight", ".planes", ".values"), "biases": (".bias",)}
 
-
 IMPORTS = (
     "To run the file: import torch and torch.ao.quantization.fx._decomposed (its operators), set torch._inductor.config.freezing, "
     "load it by torch.export.load(FILE).module(), and torch.compile that; wnq is not needed."
