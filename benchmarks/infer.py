@@ -1,9 +1,10 @@
 """Latency of networks, float and integer, in every engine: ``wnq bench infer`` on the shapes that deployment is judged by.
 
-    python benchmarks/infer.py [--seconds 20] [--engines eager,compiled,onnx,openvino,torch]
+    python benchmarks/infer.py [--seconds 30] [--engines eager,compiled,onnx,openvino,torch,executorch]
 
 ResNet-18 at 3x224x224 and ResNet-20 at 3x32x32, 4-bit weights and inputs, random weights: time does not depend on them. One thread,
-no spinning, all ways in turn. Writes ``benchmarks/results/infer_<hardware>_<yyyymm>.{json,md}``. Five minutes on a quiet machine.
+no spinning, all ways in turn. What is not installed is left out. Writes
+``benchmarks/results/infer_<hardware>_<yyyymm>.{json,md}``. Five minutes on a quiet machine.
 """
 
 import argparse
@@ -36,9 +37,9 @@ def quantized(network: nn.Module, x: torch.Tensor) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="for each network and batch size, all ways together"
+        "--seconds", type=float, default=30.0, help="for each network and batch size, all ways together"
     )
-    parser.add_argument("--engines", default="eager,compiled,onnx,openvino,torch")
+    parser.add_argument("--engines", default="eager,compiled,onnx,openvino,torch,executorch")
     parser.add_argument("--hardware", default=None, help="tag in the name of the results file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -73,8 +74,8 @@ def main() -> None:
     config = {
         "command": f"python benchmarks/infer.py --seconds {options.seconds:g} --engines {options.engines}",
         "networks": "ResNet-18 at 3x224x224 and ResNet-20 at 3x32x32, W4A4, first and last layer 8 bits, random weights, seed 0",
-        "protocol": "one thread, no spinning, in turn in an order drawn anew each round; ratios are medians over rounds with the "
-        "interval of the sign test",
+        "protocol": "one thread, no spinning, in turn in an order drawn anew each round, an untimed run before each timed one; "
+        "ratios are medians over rounds with the interval of the sign test",
         "left out": about["left_out"],
         "processor": about["processor"],
     }

@@ -46,6 +46,13 @@ def test_all_run_once_a_round_in_changing_order() -> None:
     assert len(set(rounds)) == 6
 
 
+def test_untimed_runs_come_right_before_the_timed_one() -> None:
+    log: list[str] = []
+    taken = in_turn({name: lambda name=name: log.append(name) for name in "ab"}, seconds=0.0, least=9, untimed=2)
+    assert {len(times) for times in taken.values()} == {9}
+    assert {"".join(log[at : at + 3]) for at in range(4, len(log), 3)} == {"aaa", "bbb"} and len(log) == 4 + 2 * 9 * 3
+
+
 def test_times_are_those_of_the_run() -> None:
     taken = in_turn({"slow": lambda: sum(range(200_000)), "fast": lambda: None}, seconds=0.05)
     assert min(taken["slow"]) > 10 * max(1e-7, sorted(taken["fast"])[len(taken["fast"]) // 2])

@@ -1,6 +1,7 @@
 """Measuring in turn.
 
-Every round runs every arm once, in an order that is drawn anew, so that whatever else the machine does meets all of them alike.
+Every round times every arm once, in an order that is drawn anew, so that whatever else the machine does meets all of them alike.
+Networks run once untimed before each timed run, which fills the caches again, as in a program that runs one network all the time.
 """
 
 import random
@@ -29,15 +30,17 @@ def in_turn(
     *,
     seconds: float,
     least: int = 7,
+    untimed: int = 0,
     seed: int = 0,
     on_second: Callable[[float, float], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Run each of ``runs`` once a round until the time is up, and return the seconds of every run.
+    """Time each of ``runs`` once a round until the time is up, and return the seconds of every run.
 
     Args:
         runs: name -> what to time. Each runs twice before the first round.
         seconds: for all rounds together.
         least: rounds, however long they take.
+        untimed: runs before each timed one.
         seed: of the order within the rounds.
         on_second: called after each round with (seconds that are over, ``seconds``).
     """
@@ -50,6 +53,8 @@ def in_turn(
     while (over := time.perf_counter() - begin) < seconds or len(taken[order[0]]) < least:
         draw.shuffle(order)
         for name in order:
+            for _ in range(untimed):
+                runs[name]()
             start = time.perf_counter()
             runs[name]()
             taken[name].append(time.perf_counter() - start)
@@ -113,7 +118,7 @@ def measure_speed(
             for batch in batches:
                 arrays = [np.concatenate([x.numpy()] * -(-batch // len(x)))[:batch] for x in inputs]
                 runs = {arm.name: _bound(arm.run, arrays) for arm in arms}
-                taken = in_turn(runs, seconds=seconds, seed=seed, on_second=on_second)
+                taken = in_turn(runs, seconds=seconds, untimed=1, seed=seed, on_second=on_second)
                 for arm in arms:
                     times = taken[arm.name]
                     low, middle, high = (1000 * float(x) for x in np.percentile(times, (5, 50, 95)))
