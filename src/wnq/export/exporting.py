@@ -50,8 +50,8 @@ def export_model(
         accuracy_level: of products with packed weights and float inputs: 0 is exact, 4 rounds their inputs to 8 bits by blocks and
             is fast. By default 0 where all such weights are stored in 4 bits, else 4: exact products of other widths are very slow.
         vnni: the file is for processors with VNNI alone; see :mod:`wnq.export.onnx.split`.
-        residual_bits: for ONNX Runtime, of the values behind convolutions that nothing quantizes: 8 runs these in integers, 32
-            leaves them float, which is exact and slower.
+        residual_bits: for ONNX Runtime and ExecuTorch, of the values behind convolutions that nothing quantizes: 8 runs these in
+            integers, 32 leaves them float, which is exact and slower.
         seconds: that each comparison of speed takes.
         on_step: called with (done, in all).
 
@@ -117,7 +117,7 @@ def export_model(
         "latency": answer["latency"],
         "accuracy_level": level if written.blocked else None,
         "blocked": written.blocked,
-        "residual_bits": residual_bits if dialect.engine == "onnxruntime" else None,
+        "residual_bits": residual_bits if dialect.engine in ("onnxruntime", "executorch") else None,
         "notes": list(written.notes),
         "layers": [record.to_json() for record in conversion.layers],
         "seconds": round(time.perf_counter() - begin, 2),
