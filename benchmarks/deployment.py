@@ -4,14 +4,15 @@
 
 ``--data`` is the folder of CIFAR-100's parquet files. ``--runs`` holds finished runs of ``wnq train``, ``plain-w2a2-s0`` and
 ``rounded-w2a2-s0`` for each width (rounded: ``residual_bits = 8``); those that are missing are trained there, from ``--start``, by
-the recipe below: one epoch of 12,500 images. Every file is written small (where its dialect can), for this processor, and proven
-by ``wnq.export.export_model``. ExecuTorch is left out where it is not installed. Writes
-``benchmarks/results/deployment_<hardware>_<yyyymm>.{json,md}``. On one processor core a training takes two to four minutes, an
-export with 10,000 images three.
+the recipe below: one epoch of 12,500 images. Proofs are kept there too, so that a stopped benchmark goes on. Every file is written
+small (where its dialect can), for this processor, and proven by ``wnq.export.export_model``. ExecuTorch is left out where it is not
+installed. Writes ``benchmarks/results/deployment_<hardware>_<yyyymm>.{json,md}``. On one processor core a training takes one to four
+minutes, an export with 10,000 images three.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from wnq.environment import environment
 from wnq.export import DIALECTS, export_model
 from wnq.export.engines import processor
 from wnq.export.proof import accuracy, differences, outputs_of
+from wnq.files import write_text
 from wnq.recipe import data_of, load_recipe, load_run, recipe_from, run_recipe
 from wnq.train import TrainConfig
 
@@ -177,6 +179,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for bits in args.widths:
             for case, (kind, to, residual) in cases.items():
+                kept = args.runs / "rows" / f"w{bits}a{bits}-{kind}-{to}-{residual}-{len(x)}.json"
+                if kept.exists():
+                    rows.append(json.loads(kept.read_text()))
+                    continue
                 run = train_missing(args.runs, kind, bits, args.start, data, args.data)
                 proof = export_model(
                     load_run(run)[1], (x,), Path(folder) / f"model{DIALECTS[to].ending}", to=to,
@@ -186,6 +192,8 @@ def main() -> None:
                 if run not in noise:
                     noise[run] = own_noise(run, x[:NOISE_IMAGES])
                 rows.append(row_of(case, bits, run, proof, floats, noise[run]))
+                kept.parent.mkdir(exist_ok=True)
+                write_text(kept, json.dumps(rows[-1]))
                 print(f"W{bits}A{bits} {case}: {rows[-1]['agreement']:.2f} %", file=sys.stderr, flush=True)
     vnni = "with VNNI, files for such processors" if cpu["vnni"] else "without VNNI"
     recipe = load_recipe(args.runs / rows[0]["run"] / "recipe.json")

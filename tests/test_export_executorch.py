@@ -14,7 +14,7 @@ from wnq import cli
 from wnq.export.dialect import Options
 from wnq.export.engines import open_engine
 from wnq.export.program.executorch import for_executorch
-from wnq.export.program.graph import following, operator_name, quantize_ahead_, weighted_products
+from wnq.export.program.graph import dequantize_apart_, following, operator_name, quantize_ahead_, weighted_products
 from wnq.export.program.layers import program_form
 from wnq.export.program.tracing import trace_program
 from wnq.export.program.xnnpack import STYLE, tuned
@@ -131,6 +131,32 @@ def test_training_with_rounded_branches_leaves_nothing_to_calibrate():
     x = images(64, seed=3, scale=10)
     with torch.no_grad():
         assert share_of_others(found.program((images(2),), largest_batch=None).module()(x), conversion.model(x)) < 0.1
+
+
+def test_each_reader_has_a_dequantization_of_its_own():
+    conversion = converted(3, residual_bits=8)
+    x, form = images(32, scale=10), program_form(conversion.model, STYLE)
+    program = trace_program(form, (images(2),))
+
+    def readers():
+        nodes = program.graph_module.graph.nodes
+        return [len(n.users) for n in nodes if operator_name(n).startswith("dequantize_per_tensor")]
+
+    with torch.no_grad():
+        before, shared = program.module()(x), readers()
+        dequantize_apart_(program)
+        assert max(shared) > 1 and set(readers()) == {1} and sum(readers()) == sum(shared)
+        assert torch.equal(program.module()(x), before)
+
+
+@needs_engine
+def test_a_rounded_stem_that_a_sum_reads_too_loads_and_runs(tmp_path):
+    conversion = converted(3, residual_bits=8)
+    for_executorch(conversion, (images(2),), tmp_path / "m.pte", Options())
+    engine, x = open_engine("executorch", tmp_path / "m.pte"), images(64, seed=3, scale=10)
+    assert [o.integer for o in engine.operators()] == [True] * 4 + [False]
+    with torch.no_grad():
+        assert share_of_others(engine.run([x.numpy()]), conversion.model(x), 1e-4) < 0.1
 
 
 @pytest.fixture(scope="module")

@@ -126,3 +126,20 @@ def quantize_ahead_(program: Any) -> None:
         clip.replace_all_uses_with(clip.args[0])
         graph.erase_node(clip)
     merge_clips_(program)
+
+
+def dequantize_apart_(program: Any) -> None:
+    """Give each reader of dequantized values a dequantization of its own, in place.
+
+    By a reader XNNPACK's partitioner decides whether codes or values are read, and notes it at the dequantization: one that a clip
+    and a float sum share would hand codes to the sum, and the file would not load.
+    """
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if not operator_name(node).startswith("dequantize_per_tensor"):
+            continue
+        for reader in list(node.users)[1:]:
+            with graph.inserting_before(reader):
+                own = graph.node_copy(node)
+            reader.replace_input_with(node, own)
+    program.graph_module.recompile()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wnq.export.onnx.biases import best_biases
 from wnq.export.onnx.runtime import ENDS
-from wnq.export.program.graph import Following, following, quantize_ahead_, weighted_products
+from wnq.export.program.graph import Following, dequantize_apart_, following, quantize_ahead_, weighted_products
 from wnq.export.program.layers import Style, program_form, runs_in_integers
 from wnq.export.program.tracing import trace_program
 from wnq.integer import DeployedLayer, InputGrid
@@ -58,6 +58,7 @@ class Tuned:
         form = program_form(self.model, STYLE, floats=frozenset(self.floats), outputs=self.outputs)
         program = trace_program(form, inputs, largest_batch=largest_batch)
         quantize_ahead_(program)
+        dequantize_apart_(program)
         return program
 
 
