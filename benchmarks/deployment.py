@@ -6,8 +6,8 @@
 ``rounded-w2a2-s0`` for each width (rounded: ``residual_bits = 8``); those that are missing are trained there, from ``--start``, by
 the recipe below: one epoch of 12,500 images. Proofs are kept there too, so that a stopped benchmark goes on. Every file is written
 small (where its dialect can), for this processor, and proven by ``wnq.export.export_model``. ExecuTorch is left out where it is not
-installed. Writes ``benchmarks/results/deployment_<hardware>_<yyyymm>.{json,md}``. On one processor core a training takes one to four
-minutes, an export with 10,000 images three.
+installed. Writes ``benchmarks/results/deployment_<hardware>_<yyyymm>.{json,md}``. On one processor core a training takes 1 to 4
+minutes, an export with 10,000 images 1 to 3.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from wnq.export.dialect import DIALECTS, Options
 from wnq.export.proof import accuracy, differences, operators_of, outputs_of, run_file, sizes
 from wnq.files import write_text
 from wnq.integer import convert
+from wnq.integer.ties import clear_ties_
 from wnq.names import check_choice
 from wnq.quantizer import FLOAT_BITS
 
@@ -75,8 +76,10 @@ def export_model(
     begin = time.perf_counter()
     first = tuple(x[:2] for x in inputs)
     conversion = convert(model, *first)
+    sample = [tuple(x[:CALIBRATION_IMAGES] for x in (calibration or inputs))]
+    moved = clear_ties_(conversion.model, sample)
     step(1)
-    sample = [tuple(x[:CALIBRATION_IMAGES] for x in (calibration or inputs))] if residual_bits == 8 else []
+    sample = sample if residual_bits == 8 else []
     written = dialect.writer()(conversion, first, out, Options(flavour, sample, vnni))
     step(2)
     level = accuracy_level
@@ -118,7 +121,7 @@ def export_model(
         "accuracy_level": level if written.blocked else None,
         "blocked": written.blocked,
         "residual_bits": residual_bits if dialect.engine in ("onnxruntime", "executorch") else None,
-        "notes": list(written.notes),
+        "notes": [*written.notes, *_tie_notes(moved)],
         "layers": [record.to_json() for record in conversion.layers],
         "seconds": round(time.perf_counter() - begin, 2),
         "environment": environment(),
@@ -126,3 +129,11 @@ def export_model(
     write_text(out.with_name(f"{out.name}.proof.json"), json.dumps(proof, indent=2) + "\n")
     step(5)
     return proof
+
+
+def _tie_notes(moved: dict[str, float]) -> list[str]:
+    return [
+        f"{name}: a value of the input lay within float noise of a threshold; the step changed by {1e6 * change:+.1f} parts per "
+        "million, and the scale back."
+        for name, change in moved.items()
+    ]
