@@ -171,7 +171,8 @@ def test_the_images_are_not_changed():
 
 def test_the_whole_set_stays_uint8():
     batches = make_batches(make_split(20), 8, **TRAINING)
-    held = [value for value in vars(batches).values() if isinstance(value, Tensor) and value.is_floating_point()]
+    kept = [*vars(batches).values(), *vars(batches._normalize).values()]
+    held = [value for value in kept if isinstance(value, Tensor) and value.is_floating_point()]
     assert sum(value.numel() for value in held) == 6
 
 

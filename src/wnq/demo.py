@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wnq.analysis import LayerStats, ModelEvidence, collect_evidence, layer_stats, weight_stats
 from wnq.artifact import load, save
 from wnq.attach import quantize_
-from wnq.data import Batches, Dataset, load_data
+from wnq.data import Dataset, batches_of, load_data
 from wnq.environment import environment
 from wnq.files import replacing, write_text
 from wnq.methods import get_method
@@ -206,7 +206,7 @@ def pack_and_prove(entry: Arm, model: nn.Module, data: Dataset, out: Path) -> di
 @torch.inference_mode()
 def logits(model: nn.Module, data: Dataset) -> Tensor:
     """Return the logits of all validation images, on the CPU."""
-    batches = Batches(data.val, 256, mean=data.mean, std=data.std)
+    batches = batches_of(data.val, 256, mean=data.mean, std=data.std)
     return torch.cat([model(images) for images, _ in batches.epoch(0)])
 
 

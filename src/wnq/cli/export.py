@@ -38,7 +38,10 @@ def export(
     target: Annotated[Path, typer.Argument(help="The folder of a finished, quantized run, or a packed file.")],
     to: Annotated[
         str,
-        typer.Option(help="onnx (for ONNX Runtime), openvino, torch (for torch.compile) or qonnx (for FPGA flows)."),
+        typer.Option(
+            help="onnx (for ONNX Runtime), openvino, torch (for torch.compile), executorch (for phones) or qonnx (for FPGA "
+            "flows)."
+        ),
     ] = "onnx",
     small: Annotated[
         bool, typer.Option("--small/--fast", help="Weights at their true width, or as int8. Same outputs.")
@@ -62,8 +65,8 @@ def export(
     residual_bits: Annotated[
         int,
         typer.Option(
-            help="Of the values behind convolutions that nothing quantizes, for ONNX Runtime: 8 runs those convolutions in "
-            "integers, 32 leaves them float: nearer to the trained network, and slower."
+            help="Of the values behind convolutions that nothing quantizes, for ONNX Runtime and ExecuTorch: 8 runs those "
+            "convolutions in integers, 32 leaves them float: nearer to the trained network, and slower."
         ),
     ] = 8,
     vnni: Annotated[
@@ -100,11 +103,11 @@ def export(
     ending = DIALECTS[to].ending
     out = out if out.suffix == ending else out / f"model{ending}"
     screen.work()
-    from wnq.data import Batches
+    from wnq.data import batches_of
 
     def some(part: Any, count: int) -> "tuple[torch.Tensor, torch.Tensor]":
         batch = min(count, len(part))
-        return next(iter(Batches(part, batch, mean=split.mean, std=split.std).epoch(0)))
+        return next(iter(batches_of(part, batch, mean=split.mean, std=split.std).epoch(0)))
 
     x, labels = some(split.val, images)
     calibration, _ = some(split.train, 256)

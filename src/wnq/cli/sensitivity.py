@@ -13,7 +13,7 @@ from wnq.cli.targets import Target, open_target
 from wnq.cli.training import data_section, device_of, read_images
 
 if TYPE_CHECKING:
-    from wnq.data import ImageData
+    from wnq.data import Split
     from wnq.sensitivity import Sensitivity
 
 SPLITS = ("train", "val")
@@ -65,7 +65,7 @@ def sensitivity(
     Twice a layer and width: with max scaling, tail included, and clipped where the squared error is least. Where the clip is
     better, removing the tail can pay. Nothing is trained. wnq plan --budget chooses widths by the file.
     """
-    from wnq.data import Batches
+    from wnq.data import batches_of
     from wnq.sensitivity import Prober, Settings, measure_sensitivity
     from wnq.sensitivity.storing import sensitivity_json
     from wnq.sensitivity.summary import sentences
@@ -87,7 +87,7 @@ def sensitivity(
     seed = screen.seed or 0
     chosen = _subset(images.train if split == "train" else images.val, samples, seed)
     about = {"target": str(target), "data": section.name, "split": split, "samples": len(chosen), "seed": seed}
-    batches = Batches(chosen, batch_size, mean=images.mean, std=images.std, device=place)
+    batches = batches_of(chosen, batch_size, mean=images.mean, std=images.std, device=place)
     prober = Prober(opened.model.to(place), batches.epoch(0), settings)
     screen.work()
     try:
@@ -124,7 +124,7 @@ def _require_float(target: Target) -> None:
     raise ValueError(f"{target.path} is quantized already. Measure {remedy}.")
 
 
-def _subset(images: "ImageData", count: int, seed: int) -> "ImageData":
+def _subset(images: "Split", count: int, seed: int) -> "Split":
     """Return some images, always the same ones for a seed, in the order of the split."""
     import torch
 

@@ -218,7 +218,7 @@ def evaluate(
     model_option: ModelOption = None,
 ) -> Json:
     """Measure the accuracy on the validation images: a run's own, or those of --data."""
-    from wnq.data import Batches
+    from wnq.data import batches_of, unreadable_images
     from wnq.metrics import evaluate as measure
 
     options = data_options(data_option)
@@ -228,11 +228,14 @@ def evaluate(
     with screen.bar("reading images") as on_image:
         images = read_images(section, on_image)
     screen.work()
-    batches = Batches(images.val, batch_size, mean=images.mean, std=images.std, device=place)
+    batches = batches_of(images.val, batch_size, mean=images.mean, std=images.std, device=place)
     begin = time.perf_counter()
     metrics = measure(opened.model.to(place), batches.epoch(0))
     seconds = time.perf_counter() - begin
     row: dict[str, Any] = {"target": str(target), "data": section.name, **dataclasses.asdict(metrics)}
     row["images_per_second"] = round(metrics.images / max(seconds, 1e-9), 1)
     screen.table([row])
+    if unreadable := unreadable_images(images.val):
+        row["unreadable"] = unreadable
+        screen.say(f"{len(unreadable)} images could not be read and were left out: {', '.join(list(unreadable)[:3])}")
     return row

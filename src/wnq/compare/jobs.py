@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from wnq.data import Batches, Dataset
+from wnq.data import Dataset, ImageData, batches_of
 from wnq.data.images import channel_statistics, hold_out
 from wnq.environment import environment
 from wnq.files import write_text
@@ -105,7 +105,7 @@ def part_of(data: Dataset, share: float) -> Dataset:
     """Return training images with a share of them, always the same ones, held out as validation images."""
     kept, held = hold_out(data.train.labels, share)
     train = data.train.select(kept)
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_statistics(train.images) if isinstance(train, ImageData) else (data.mean, data.std)
     return Dataset(train, data.train.select(held), mean, std)
 
 
@@ -158,7 +158,7 @@ def _evaluate_start(job: Job, data: Dataset) -> None:
     model, _ = build(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
-    batches = Batches(data.val, 256, mean=data.mean, std=data.std, device=device)
+    batches = batches_of(data.val, 256, mean=data.mean, std=data.std, device=device)
     metrics = evaluate(model.to(device), batches.epoch(0), bf16=recipe.train.bf16)
     content = {
         "val_accuracy": metrics.accuracy,

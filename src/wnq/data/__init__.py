@@ -1,7 +1,7 @@
-"""Images as device-resident uint8 tensors: load a data set, then iterate over normalised batches of it.
+"""Images to batches: held in memory as uint8, or streamed from files, and normalised batch by batch.
 
 >>> data = load_data("digits")
->>> train = Batches(data.train, 128, mean=data.mean, std=data.std, augment=Augment(crop_padding=1), shuffle=True)
+>>> train = batches_of(data.train, 128, mean=data.mean, std=data.std, augment=Augment(crop_padding=1), shuffle=True)
 >>> for images, labels in train.epoch(0):
 ...     pass
 >>> images.shape[1:], train.steps_per_epoch
@@ -9,8 +9,24 @@
 """
 
 from wnq.data.batches import Augment, Batches
+from wnq.data.choosing import batches_of
+from wnq.data.dataset import Dataset, Split
 from wnq.data.decode import Progress
-from wnq.data.images import Dataset, ImageData
+from wnq.data.images import ImageData
 from wnq.data.sources import load_data
+from wnq.data.streamed import StreamedImages, unreadable_images
+from wnq.data.streaming import StreamedBatches
 
-__all__ = ["Augment", "Batches", "Dataset", "ImageData", "Progress", "load_data"]
+__all__ = [
+    "Augment",
+    "Batches",
+    "Dataset",
+    "ImageData",
+    "Progress",
+    "Split",
+    "StreamedBatches",
+    "StreamedImages",
+    "batches_of",
+    "load_data",
+    "unreadable_images",
+]

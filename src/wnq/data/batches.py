@@ -5,14 +5,14 @@ its part. So a run resumed at any step sees the same batches as one that was nev
 distributed run see together what a single process sees.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wnq.data.images import PIXEL_MAX, ImageData
+from wnq.data.images import ImageData
+from wnq.data.steps import Normalizer, Steps, epoch_generator
 
 PAD_MODES = ("reflect", "zero")
 
@@ -92,18 +92,7 @@ class Batches:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         _, channels, height, width = data.images.shape
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
-        if batch_size <= 0 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
-        if len(data) == 0:
-            raise ValueError("the split holds no images")
-        if drop_last and len(data) < batch_size:
-            raise ValueError(f"drop_last leaves no batch: batch_size is {batch_size} but there are {len(data)} images")
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(f"mean and std need {channels} values, one per channel, got {len(mean)} and {len(std)}")
-        if min(std) <= 0:
-            raise ValueError(f"std must be greater than 0 in every channel, got {tuple(std)}")
+        self._steps = Steps(len(data), batch_size, rank, world_size, drop_last)
         if augment is not None and augment.pad_mode == "reflect" and augment.crop_padding >= min(height, width):
             raise ValueError(
                 f"crop_padding {augment.crop_padding} must be less than the image size {height}x{width} to be "
@@ -119,13 +108,9 @@ class Batches:
         self.dtype = dtype
         self.device = torch.device(device)
         self.classes = data.classes
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._normalize = Normalizer(mean, std, channels, self.device, dtype, channels_last)
         self._images = data.images.to(self.device)
         self._labels = data.labels.to(self.device)
-        std_column = torch.tensor(list(std), dtype=torch.float64).view(1, channels, 1, 1)
-        mean_column = torch.tensor(list(mean), dtype=torch.float64).view(1, channels, 1, 1)
-        self._gain = (1 / (PIXEL_MAX * std_column)).to(self.device, torch.float32)
-        self._offset = (-mean_column / std_column).to(self.device, torch.float32)
         self._rows = torch.arange(height, device=self.device)
         self._columns = torch.arange(width, device=self.device)
 
@@ -136,7 +121,7 @@ class Batches:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch, the same on every rank."""
-        return len(self) // self.batch_size if self.drop_last else -(-len(self) // self.batch_size)
+        return self._steps.per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the batches of one epoch from ``start_step`` on.
@@ -152,17 +137,12 @@ class Batches:
         Raises:
             ValueError: ``start_step`` is out of range.
         """
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
+        self._steps.check_start(start_step)
         return self._iterate(self._draw(epoch), start_step)
 
     def _iterate(self, drawn: _Epoch, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start_step, self.steps_per_epoch):
-            first = step * self.batch_size
-            count = min(self.batch_size, len(self) - first)
-            mine = slice(
-                first + count * self.rank // self.world_size, first + count * (self.rank + 1) // self.world_size
-            )
+            mine = self._steps.share(step)
             chosen = drawn.order[mine]
             images = self._images.index_select(0, chosen)
             if self.augment is not None:
@@ -170,9 +150,7 @@ class Batches:
             yield self._normalize(images), self._labels.index_select(0, chosen)
 
     def _draw(self, epoch: int) -> _Epoch:
-        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-        # On the CPU, whatever the device: the same seed gives the same batches everywhere.
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = epoch_generator(self.seed, epoch)
         augment = self.augment or Augment()
         count = len(self)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -195,15 +173,6 @@ class Batches:
             inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
             cropped.mul_(inside[:, None])
         return cropped
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        return (
-            images.to(torch.float32)
-            .mul_(self._gain)
-            .add_(self._offset)
-            .to(self.dtype)
-            .contiguous(memory_format=self._memory_format)
-        )
 
 
 def _mirror(position: Tensor, size: int) -> Tensor:

@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wnq.data.crops import eight_bit
 from wnq.data.images import ImageData
+from wnq.data.streamed import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = "1"
+_CACHE_FORMAT = "2"
 _REPORT_EVERY = 500
 
 
@@ -38,15 +40,17 @@ class EncodedSplit:
         name: what messages call it, such as ``cifar100 train``.
         labels: int64, ``(N,)``, of every image.
         classes: the name of each class.
-        identity: JSON-serialisable; changes whenever the source files do.
+        identity: returns JSON types; they change whenever the source files do.
         read: given ascending positions (int64), yields (where an image is, its bytes) in that order.
+        source: single images by number, for streaming; None: they can only be read in order.
     """
 
     name: str
     labels: Tensor
     classes: tuple[str, ...]
-    identity: Mapping[str, Any]
+    identity: Callable[[], Mapping[str, Any]]
     read: Callable[[Tensor], Iterator[tuple[str, bytes]]]
+    source: Source | None = None
 
 
 def load_split(
@@ -71,16 +75,13 @@ def load_split(
     Raises:
         ValueError: as :func:`decode`.
     """
-    key = json.dumps([_CACHE_FORMAT, split.identity, size, limit], sort_keys=True)
+    key = json.dumps([_CACHE_FORMAT, split.identity(), size, limit], sort_keys=True)
     stem = "".join(letter if letter.isalnum() else "-" for letter in split.name)[-60:]
     path = cache_dir / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     cached = _read_cache(path)
     if cached is not None:
         return cached
-    positions = torch.arange(len(split.labels))
-    if limit is not None and limit < len(positions):
-        chosen = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:limit]
-        positions = chosen.sort().values
+    positions = chosen_positions(len(split.labels), limit)
     images = decode(split, positions, size=size, memory_limit=memory_limit, progress=progress)
     decoded = ImageData(images, split.labels[positions], split.classes)
     try:
@@ -90,6 +91,13 @@ def load_split(
     return decoded
 
 
+def chosen_positions(count: int, limit: int | None) -> Tensor:
+    """Return all positions, or ``limit`` of them at random, always the same ones; int64, ascending."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+
+
 def decode(
     split: EncodedSplit, positions: Tensor, *, size: int | None, memory_limit: int, progress: Progress | None
 ) -> Tensor:
@@ -97,8 +105,7 @@ def decode(
 
     The first image decides: a grey one makes all images grey (C = 1), any other makes all of them RGB (C = 3).
 
-    Everything is held in memory. Sets too large for that need a reader that decodes while training; it would take an
-    :class:`EncodedSplit` too and replace this function and :class:`wnq.data.Batches`.
+    Everything is held in memory; sets too large for that are streamed, see :mod:`wnq.data.streaming`.
 
     Args:
         split: where the images come from.
@@ -163,6 +170,7 @@ def _open(where: str, data: bytes) -> "Image":
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+        image = eight_bit(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: not a readable image ({error})") from error
     return image
@@ -187,8 +195,8 @@ def check_memory(name: str, shape: tuple[int, ...], memory_limit: int) -> None:
     if needed > memory_limit:
         raise ValueError(
             f"{name}: {count} images of {channels}x{height}x{width} take {needed / 2**30:.2f} GiB decoded, more than "
-            f"the memory limit of {memory_limit / 2**30:.2f} GiB; pass a smaller size=, a limit= on the number of "
-            "images, or a larger memory_limit= (bytes)"
+            f"the memory limit of {memory_limit / 2**30:.2f} GiB; pass stream=True ([data] stream = "
+            "true) to decode while training, a smaller size=, a limit= on the number of images, or a larger memory_limit= (bytes)"
         )
 
 

@@ -1,13 +1,34 @@
 """Images in folders named by their class."""
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from wnq.data.decode import EncodedSplit, read_file, stamp
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Files:
+    """Image files by number; see :class:`wnq.data.streamed.Source`.
+
+    Args:
+        paths: of the images. They are kept in one array: a million Python objects would be copied to every process that reads.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def where(self, position: int) -> str:
+        """Return the path of an image."""
+        return os.fsdecode(bytes(self.paths[position]))
+
+    def read(self, position: int) -> bytes:
+        """Return the bytes of an image file, or raise ``ValueError`` naming it."""
+        return read_file(Path(self.where(position)))
 
 
 def image_folders(folder: Path, split_names: Collection[str]) -> dict[str, Path]:
@@ -47,4 +68,4 @@ def image_folder_split(name: str, folder: Path) -> EncodedSplit:
         for position in positions.tolist():
             yield str(paths[position]), read_file(paths[position])
 
-    return EncodedSplit(name, labels, classes, {"files": stamp(paths)}, read)
+    return EncodedSplit(name, labels, classes, lambda: {"files": stamp(paths)}, read, Files(paths))

@@ -1,6 +1,5 @@
-"""What a data set is here: two splits of uint8 images held in memory, and the statistics that normalise them."""
+"""A split of uint8 images held in memory, and its statistics."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,26 +43,15 @@ class ImageData:
         """Return the number of images."""
         return self.images.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image: channels, height, width."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
     def select(self, indices: Tensor) -> "ImageData":
         """Return the images at ``indices`` (int64, ``(M,)``), copied, in that order."""
         return ImageData(self.images[indices], self.labels[indices], self.classes)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Training and validation images with the statistics of the training images.
-
-    Attributes:
-        train: what the model learns from.
-        val: what it is judged by; same channels, size and classes.
-        mean: per channel, in units of the pixel range (0 to 1).
-        std: per channel, in the same units, greater than 0.
-    """
-
-    train: ImageData
-    val: ImageData
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -115,18 +103,3 @@ def hold_out(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tenso
             f"no class of the {labels.shape[0]} images has two members, so no share of them can be held out"
         )
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
-
-
-def align_classes(split: ImageData, classes: Sequence[str]) -> ImageData:
-    """Return ``split`` with its labels renumbered to the order of ``classes``.
-
-    Raises:
-        ValueError: the split has a class that ``classes`` lacks.
-    """
-    if split.classes == tuple(classes):
-        return split
-    number = {name: index for index, name in enumerate(classes)}
-    if missing := [name for name in split.classes if name not in number]:
-        raise ValueError(f"the validation images have classes that the training images lack: {', '.join(missing[:5])}")
-    renumber = torch.tensor([number[name] for name in split.classes], dtype=torch.int64)
-    return ImageData(split.images, renumber[split.labels], tuple(classes))

@@ -47,8 +47,30 @@ def parquet_split(name: str, paths: Sequence[Path], image_column: str | None, la
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{path}: cannot read the images from row {row} on ({error})") from error
 
-    identity = {"files": stamp(paths), "columns": [image, label]}
+    def identity() -> dict[str, Any]:
+        return {"files": stamp(paths), "columns": [image, label]}
+
     return EncodedSplit(name, labels, classes, identity, lambda positions: _read_rows(batches(), positions))
+
+
+def streamed_parquet_split(
+    name: str, paths: Sequence[Path], image_column: str | None, label_column: str | None, cache_dir: Path
+) -> EncodedSplit:
+    """As :func:`parquet_split`, with images that can be read one by one.
+
+    A parquet file gives only whole groups of rows, so the rows are copied once to arrow files in ``cache_dir``, which take as
+    much room again.
+    """
+    try:
+        from datasets import Dataset
+    except ModuleNotFoundError as error:
+        raise missing_extra(name, "datasets") from error
+    try:
+        dataset: Any = Dataset.from_parquet([str(path) for path in paths], cache_dir=str(cache_dir))
+    except Exception as error:  # the library wraps what goes wrong in exceptions of its own, of several kinds
+        cause = error.__cause__ or error
+        raise ValueError(f"{paths[0].parent}: cannot read the parquet files of {name} ({cause})") from error
+    return dataset_split(name, dataset, image_column, label_column)
 
 
 def dataset_split(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> EncodedSplit:
@@ -71,9 +93,35 @@ def dataset_split(name: str, dataset: Any, image_column: str | None, label_colum
             yield name, row, table[image].combine_chunks()
             row += len(table)
 
-    files = stamp([Path(file["filename"]) for file in dataset.cache_files])
-    identity = {"files": files, "fingerprint": dataset._fingerprint, "columns": [image, label]}
-    return EncodedSplit(name, labels, classes, identity, lambda positions: _read_rows(batches(), positions))
+    def identity() -> dict[str, Any]:
+        files = stamp([Path(file["filename"]) for file in dataset.cache_files])
+        return {"files": files, "fingerprint": dataset._fingerprint, "columns": [image, label]}
+
+    def read(positions: torch.Tensor) -> Iterator[tuple[str, bytes]]:
+        return _read_rows(batches(), positions)
+
+    return EncodedSplit(name, labels, classes, identity, read, Rows(name, raw.select_columns([image]), image))
+
+
+class Rows:
+    """Images of a table by number; see :class:`wnq.data.streamed.Source`.
+
+    Args:
+        name: what messages call the table.
+        table: a ``datasets.Dataset`` in arrow format.
+        column: of the images.
+    """
+
+    def __init__(self, name: str, table: Any, column: str) -> None:
+        self.name, self.table, self.column = name, table, column
+
+    def where(self, position: int) -> str:
+        """Return table and row of an image."""
+        return f"{self.name} row {position}"
+
+    def read(self, position: int) -> bytes:
+        """Return the bytes of an image, or raise ``ValueError`` naming its row."""
+        return _bytes_of(self.table[position][self.column][0].as_py(), self.where(position))[1]
 
 
 def _read_rows(batches: Iterator[tuple[str, int, Any]], positions: torch.Tensor) -> Iterator[tuple[str, bytes]]:
@@ -83,19 +131,22 @@ def _read_rows(batches: Iterator[tuple[str, int, Any]], positions: torch.Tensor)
     start = 0
     for origin, first_row, column in batches:
         while position is not None and position < start + len(column):
-            value: Any = column[position - start].as_py()
-            where = f"{origin} row {first_row + position - start}"
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if data is None and isinstance(value, dict) and value.get("path"):
-                where = value["path"]
-                data = read_file(Path(where))
-            if not isinstance(data, bytes):
-                raise ValueError(f"{where}: there is no image in the image column")
-            yield where, data
+            yield _bytes_of(column[position - start].as_py(), f"{origin} row {first_row + position - start}")
             position = next(wanted, None)
         start += len(column)
         if position is None:
             return
+
+
+def _bytes_of(value: Any, where: str) -> tuple[str, bytes]:
+    """Return where the image of a cell is and its bytes: in the table, or in a file that the table names."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        where = value["path"]
+        data = read_file(Path(where))
+    if not isinstance(data, bytes):
+        raise ValueError(f"{where}: there is no image in the image column")
+    return where, data
 
 
 def select_columns(

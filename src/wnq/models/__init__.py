@@ -8,12 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from wnq.models.imagenet import ImageNetResNet
+from wnq.models.mobile import MobileNet
 from wnq.models.networks import PreActResNet, ResNet
 from wnq.models.outside import OUTSIDE, from_import_path
 from wnq.models.registry import list_models, register_model, registered_model
 from wnq.names import did_you_mean
 
-__all__ = ["PreActResNet", "ResNet", "build_model", "list_models", "register_model", "registered_model"]
+__all__ = [
+    "ImageNetResNet",
+    "MobileNet",
+    "PreActResNet",
+    "ResNet",
+    "build_model",
+    "list_models",
+    "register_model",
+    "registered_model",
+]
 
 
 def build_model(name: str, /, **options: Any) -> nn.Module:

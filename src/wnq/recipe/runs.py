@@ -8,7 +8,7 @@ before are runs in its subfolders ``stage1``, ``stage2``, and so on.
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from wnq.attach import input_signs, quantize_
-from wnq.data import Dataset
+from wnq.data import Dataset, unreadable_images
 from wnq.environment import environment
 from wnq.files import replacing, write_text
 from wnq.models import build_model
 from wnq.plan import Plan
 from wnq.recipe.sections import Recipe, data_of, load_recipe, plan_of, procedure_of, stage_recipes
+from wnq.recipe.unreadable import remembering_unreadable
 from wnq.recipe.weights import load_float_weights_, load_weights_
 from wnq.train import Progress, TrainResult, fit, plain_accelerator
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAY_CHANGE = {("data", "folder"), ("data", "workers")}
+"""What a resumed run may have other than before: the images stay the same."""
+
 
 def resolve(recipe: Recipe, data: Dataset) -> Recipe:
     """Fill in what the data say: ``num_classes`` and ``in_channels`` of an in-house model."""
@@ -37,7 +41,7 @@ def resolve(recipe: Recipe, data: Dataset) -> Recipe:
         return recipe
     options = {
         "num_classes": len(data.train.classes),
-        "in_channels": data.train.images.shape[1],
+        "in_channels": data.train.shape[0],
         **recipe.model.options,
     }
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options=options))
@@ -138,13 +142,16 @@ def _train(
     """Train one stage into a folder, which remembers it as ``recipe``."""
     model, teacher = build(stage, start)
     _write_or_check(recipe, out, "checkpoint.pt", accelerator)
-    result = fit(
-        model, data, stage.train, teacher=teacher, procedure=procedure_of(stage.procedure),
-        out=out, resume=resume, accelerator=accelerator, on_step=on_step,
-    )  # fmt: skip
+    main = accelerator.is_main_process
+    with remembering_unreadable(out / "unreadable.json", data, resume=resume, writes=main):
+        result = fit(
+            model, data, stage.train, teacher=teacher, procedure=procedure_of(stage.procedure),
+            out=out, resume=resume, accelerator=accelerator, on_step=on_step,
+        )  # fmt: skip
     model.eval()
-    if accelerator.is_main_process:
-        _save_run(recipe, model, result, out)
+    unreadable = unreadable_images(data.train, data.val)
+    if main:
+        _save_run(recipe, model, result, out, unreadable)
     return model, result
 
 
@@ -157,7 +164,7 @@ def _write_or_check(recipe: Recipe, out: Path, begun: str, accelerator: "Acceler
 
 
 def _check_same_recipe(recipe: Recipe, path: Path) -> None:
-    """A checkpoint cannot tell 2 bits from 3; the recipe beside it can. Only where the images lie may change."""
+    """A checkpoint cannot tell 2 bits from 3; the recipe beside it can. Only where the images lie and who reads them may change."""
     then, now = load_recipe(path).to_json(), recipe.to_json()
     changes: list[str] = []
     if then.pop("stages") != now.pop("stages"):
@@ -165,7 +172,7 @@ def _check_same_recipe(recipe: Recipe, path: Path) -> None:
     for section in now:
         old, new = then[section] or {}, now[section] or {}
         for key in sorted(old.keys() | new.keys()):
-            if (section, key) != ("data", "folder") and old.get(key) != new.get(key):
+            if (section, key) not in MAY_CHANGE and old.get(key) != new.get(key):
                 changes.append(f"[{section}] {key}: {old.get(key)!r} then, {new.get(key)!r} now")
     if changes:
         raise ValueError(
@@ -173,7 +180,7 @@ def _check_same_recipe(recipe: Recipe, path: Path) -> None:
         )
 
 
-def _save_run(recipe: Recipe, model: nn.Module, result: TrainResult, out: Path) -> None:
+def _save_run(recipe: Recipe, model: nn.Module, result: TrainResult, out: Path, unreadable: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
     plan = getattr(model, "wnq_plan", None)
@@ -196,6 +203,8 @@ def _save_run(recipe: Recipe, model: nn.Module, result: TrainResult, out: Path) 
         "inputs": input_signs(model),
         "environment": environment(),
     }
+    if unreadable:
+        content["unreadable"] = {"count": len(unreadable), "images": dict(unreadable)}
     write_text(out / "result.json", json.dumps(content, indent=2) + "\n")
 
 

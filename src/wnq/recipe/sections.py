@@ -41,6 +41,10 @@ class DataSection:
     val_share: float | None = None
     size: int | None = None
     limit: int | None = None
+    stream: bool = False
+    """Read images while training instead of holding them in memory; with ``size``, ``resize`` and ``workers``."""
+    resize: int | None = None
+    workers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

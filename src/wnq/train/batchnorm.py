@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
-from wnq.data import Batches
+from wnq.data import Batches, StreamedBatches
 from wnq.starting import across_processes
 
 
 @torch.no_grad()
-def reestimate_batchnorm_(model: nn.Module, train: Batches, batches: int, *, bf16: bool = False) -> None:
+def reestimate_batchnorm_(
+    model: nn.Module, train: Batches | StreamedBatches, batches: int, *, bf16: bool = False
+) -> None:
     """Replace the running statistics of every BatchNorm by the plain average over some training batches, in place.
 
     Running averages trail behind weights that still jump between levels; this takes them at the final weights. The
