@@ -2,9 +2,16 @@
 
     python benchmarks/step_time.py [--rounds 15] [--bits 3]
 
-The arms take turns, one step each a round, so that a drifting machine drifts for all; the ratio to the float step is taken round by
-round and its median reported. Peers: brevitas' ``QuantConv2d`` (``pip install brevitas``; left out if missing) and torch's own
-fused fake-quantization kernels, put in the same places.
+The arms take turns, one step each a round in an order drawn anew, so that a drifting machine drifts for all; the ratio to the float
+step is taken round by round and its median reported. Peers: brevitas' ``QuantConv2d`` (``pip install brevitas``), torchao's fake
+quantizers (``pip install torchao``; either is left out if missing) and torch's own fused fake-quantization kernels, put in the same
+places. torchao's quantization-aware training covers linear layers and embeddings only: its quantizers stand here in front of the
+convolutions in the cheapest way that they allow, symmetric and one scale a channel for weights, asymmetric and one scale an
+image for inputs, computed from each batch as they do.
+
+Freed memory stays in the process for all arms (``wnq.allocator``), as a trainer wants it; ``--system-allocator`` leaves that to
+the C library, and the time then depends on how each arm happens to fragment the heap. ``--clock processor`` takes the processor
+time of the process instead of the time on the wall: with one thread on a busy machine the two differ by the waiting.
 """
 
 import argparse
@@ -12,6 +19,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from random import Random
 
 import torch
 from results import hardware_tag, write_results
@@ -19,8 +28,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import wnq
+from wnq.allocator import keep_freed_memory
 from wnq.environment import environment
 from wnq.models import build_model
+from wnq.speed import median_ratio
+
+WNQ = "wnq, weights and inputs"
 
 
 class FusedFixed(nn.Module):
@@ -86,7 +99,7 @@ def arms(bits: int) -> dict[str, nn.Module]:
 
     built = {
         "float": copy.deepcopy(base),
-        "wnq, weights and inputs": ours(name="wnq", w_bits=bits, a_bits=bits),
+        WNQ: ours(name="wnq", w_bits=bits, a_bits=bits),
         "wnq, weights only": ours(name="wnq", w_bits=bits, a_bits=32),
         "lsq, weights and inputs": ours(name="lsq", w_bits=bits, a_bits=bits),
         "wnq weights, inputs as a chain": with_chain(ours(name="wnq", w_bits=bits, a_bits=32), bits),
@@ -97,13 +110,19 @@ def arms(bits: int) -> dict[str, nn.Module]:
             copy.deepcopy(base), lambda: FusedLearnable(bits, True), lambda: FusedLearnable(bits, False)
         ),
     }
-    try:
-        import brevitas.nn as qnn
-        from brevitas.graph.quantize import layerwise_quantize
-        from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
-    except ModuleNotFoundError:
-        print("brevitas is not installed: its arm is left out (pip install brevitas)")
-        return built
+    for name, peer in (("brevitas QuantConv2d", brevitas_peer), ("torchao fake quantizers", torchao_peer)):
+        try:
+            built[name] = peer(copy.deepcopy(base), bits)
+        except ModuleNotFoundError as error:
+            print(f"{error.name} is not installed: its arm is left out (pip install {error.name})")
+    return built
+
+
+def brevitas_peer(model: nn.Module, bits: int) -> nn.Module:
+    import brevitas.nn as qnn
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+
     options = {
         "weight_quant": Int8WeightPerTensorFloat,
         "weight_bit_width": bits,
@@ -112,8 +131,37 @@ def arms(bits: int) -> dict[str, nn.Module]:
         "return_quant_tensor": False,
     }
     kinds = {nn.Conv2d: (qnn.QuantConv2d, options), nn.Linear: (qnn.QuantLinear, options)}
-    built["brevitas QuantConv2d"] = layerwise_quantize(copy.deepcopy(base), compute_layer_map=kinds)
-    return built
+    return layerwise_quantize(model, compute_layer_map=kinds)
+
+
+class AsMatrix(nn.Module):
+    """One of torchao's fake quantizers, which read matrices, on a weight (a row a channel) or an input (a row an image)."""
+
+    def __init__(self, quantizer: nn.Module, *, images: bool) -> None:
+        super().__init__()
+        self.quantizer, self.images = quantizer, images
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim == 2:
+            return self.quantizer(x)
+        if not self.images:
+            return self.quantizer(x.flatten(1)).view_as(x)
+        rows = x.permute(0, 2, 3, 1)  # as a channels-last image lies in memory
+        return self.quantizer(rows.flatten(1)).view_as(rows).permute(0, 3, 1, 2)
+
+
+def torchao_peer(model: nn.Module, bits: int) -> nn.Module:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    def weight() -> nn.Module:
+        config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), "per_channel", is_symmetric=True)
+        return AsMatrix(IntxFakeQuantizer(config), images=False)
+
+    def inputs() -> nn.Module:
+        config = IntxFakeQuantizeConfig(getattr(torch, f"uint{bits}"), "per_token", is_symmetric=False)
+        return AsMatrix(IntxFakeQuantizer(config), images=True)
+
+    return with_parts(model, weight, inputs)
 
 
 def with_chain(model: nn.Module, bits: int) -> nn.Module:
@@ -130,8 +178,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--hardware", default=None)
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
+    parser.add_argument("--system-allocator", action="store_true", help="let the C library return freed memory at once")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    now = time.perf_counter if options.clock == "wall" else time.process_time
+    keeps = not options.system_allocator and keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
@@ -144,48 +196,54 @@ def main() -> None:
     def step(name: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         optimizers[name].zero_grad()
         nn.functional.cross_entropy(models[name](images), labels).backward()
         optimizers[name].step()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return now() - start
 
     for _ in range(3):
         for name in models:
             step(name)
     times: dict[str, list[float]] = {name: [] for name in models}
+    order, draw = list(models), Random(0)
     for _ in range(options.rounds):
-        for name in models:
+        draw.shuffle(order)
+        for name in order:
             times[name].append(step(name))
     rows = []
     lines = [
-        "| arm | ms a step, median | ratio to float, median | min – max of the ratio |",
-        "| --- | --- | --- | --- |",
+        "| arm | ms a step, median | ratio to float, median (95 %) | min – max of the ratio | times as long as wnq (95 %) |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["float"], strict=True)]
+        to_float, to_wnq = median_ratio(seconds, times["float"]), median_ratio(seconds, times[WNQ])
         row = {
             "arm": name,
             "ms": [1e3 * s for s in seconds],
-            "ratio_median": statistics.median(ratios),
+            "ratio_median": to_float.median,
+            "ratio_interval": [to_float.low, to_float.high],
+            "ratio_to_wnq": to_wnq._asdict(),
             "ratios": ratios,
         }
         rows.append(row)
         lines.append(
-            f"| {name} | {1e3 * statistics.median(seconds):.1f} | {row['ratio_median']:.2f} | "
-            f"{min(ratios):.2f} – {max(ratios):.2f} |"
+            f"| {name} | {1e3 * statistics.median(seconds):.1f} "
+            f"| {to_float.median:.2f} ({to_float.low:.2f} – {to_float.high:.2f}) | {min(ratios):.2f} – {max(ratios):.2f} "
+            f"| {to_wnq.median:.2f} ({to_wnq.low:.2f} – {to_wnq.high:.2f}) |"
         )
     env = environment()
-    if "brevitas QuantConv2d" in models:
-        from importlib.metadata import version
-
-        env["brevitas"] = version("brevitas")
+    for package in ("brevitas", "torchao"):
+        if any(name.startswith(package) for name in models):
+            env[package] = version(package)
     config = {
         **vars(options),
         "network": "resnet20, 100 classes, channels-last, float32, eager",
         "optimizer": "SGD, momentum 0.9",
+        "freed memory kept in the process": keeps,
     }
     path = write_results("step_time", options.hardware or hardware_tag(), config, env, rows, lines)
     print("\n".join(lines))

@@ -9,13 +9,13 @@ SOURCE = Path(wnq.__file__).parent
 
 # Each room may import those before it; rooms of one rank do not know each other.
 RANKS = [
-    {"ste", "files", "layers", "environment", "names"},
+    {"ste", "files", "layers", "environment", "names", "allocator"},
     {"quantizer", "registered", "drawing", "readers"},
     {"normalizers", "starting", "packing", "bases", "theory"},
-    {"learned_step"},
+    {"learned_step", "max_rounding"},
     {"normalized", "activations"},
     {"methods", "prepared"},
-    {"plan"},
+    {"plan", "compact"},
     {"plan_table", "attach"},
     {"testing", "tails", "clipping", "checkpoints", "models", "data", "folding", "procedures"},
     {"analysis", "artifact", "metrics", "recorder", "sensitivity", "budget"},

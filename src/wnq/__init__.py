@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wnq.attach import calibrate_, freeze_, get_plan, input_signs, param_groups, quantize_, quantized_layers
     from wnq.budget import parse_budget
     from wnq.checkpoints import open_checkpoint
+    from wnq.compact import compact_activations_
     from wnq.data import load_data
     from wnq.export import export_model
     from wnq.folding import batchnorm_pairs, fold_batchnorm_, merge_batchnorm_
@@ -71,6 +72,7 @@ _MODULES = {
     "allocation": ("plan_for_budget",),
     "budget": ("parse_budget",),
     "checkpoints": ("open_checkpoint",),
+    "compact": ("compact_activations_",),
     "recorder": ("TailRecorder",),
     "sensitivity": ("Prober", "load_sensitivity", "measure_sensitivity"),
 }
@@ -97,6 +99,7 @@ __all__ = [
     "checkpoint_evidence",
     "checkpoint_stats",
     "collect_evidence",
+    "compact_activations_",
     "convert",
     "evaluate",
     "export_model",

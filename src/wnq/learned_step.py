@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from wnq.quantizer import Quantized, check_bits, compute_dtype
 from wnq.starting import StartsFromData, across_processes
-from wnq.ste import grad_scale, straight_through
 
 Bound = float | Tensor
 
@@ -16,13 +15,28 @@ SMALLEST_STEP = 1e-12
 """What a learned step of zero is read as."""
 
 
-def positive(step: Tensor) -> Tensor:
-    """Return the magnitude of a learned step, at least :data:`SMALLEST_STEP`, differentiably.
+class _Magnitude(torch.autograd.Function):
+    """``max(|step|, SMALLEST_STEP)``; backward, ``g * factor * sign(step)``, also below the floor."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(step)
+        ctx.factor = factor
+        return step.abs().clamp_(min=SMALLEST_STEP)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (step,) = ctx.saved_tensors
+        return grad * ctx.factor * step.sign(), None
+
+
+def positive(step: Tensor, factor: float = 1.0) -> Tensor:
+    """Return the magnitude of a learned step, at least :data:`SMALLEST_STEP`, differentiably; its gradient times ``factor``.
 
     A large learning rate can carry a step past zero. Read as its magnitude it turns back there; held at a floor instead, it would
     make the layer's output vanish, and a BatchNorm behind it would never let it return.
     """
-    return straight_through(step.abs().clamp(min=SMALLEST_STEP), step.abs())
+    return _Magnitude.apply(step, factor)  # pyright: ignore[reportReturnType]
 
 
 def starting_step(magnitude: Tensor, high: Tensor) -> Tensor:
@@ -67,11 +81,12 @@ class RoundToStep(torch.autograd.Function):
         x, value, step, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
         # Half-precision input stays so here: only elements within a rounding error of a bound can change sides.
-        scaled = x / step.to(x.dtype) if x.dtype != step.dtype else x / step
+        scaled = x / step.to(x.dtype)
         if bounds or torch.compiler.is_compiling():
             grad_x = torch.where((scaled > low) & (scaled < high), grad, 0)
         else:
-            grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, low, high)
+            # In place of the quotient: fresh memory costs more than the pass that fills it.
+            grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, scaled, low, high, grad_input=scaled)
         grad_step = None
         if ctx.needs_input_grad[1]:
             grad_step = ((_inner(grad, value) - _inner(grad_x, x)) / step).to(step.dtype).reshape(step.shape)
@@ -149,7 +164,7 @@ class LearnedStep(StartsFromData):
         low, high = self._bounds()
         peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
         features = x.numel() if self.is_weight else math.prod(x.shape[1:])
-        step = grad_scale(positive(self.step.to(compute_dtype(x))), (max(1, features) * max(1, peak)) ** -0.5)
+        step = positive(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
         return RoundToStep.apply(x, step, low, high, self.ewgs)  # pyright: ignore[reportReturnType]
 
     def encode(self, x: Tensor) -> Quantized:

@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from wnq.max_rounding import MaxRounding
 from wnq.names import check_choice
-from wnq.normalizers import Normalizer, check_granularity, named_normalizer, reduced_dims
+from wnq.normalizers import Normalizer, check_granularity, max_abs, named_normalizer, reduced_dims
 from wnq.quantizer import Quantized, Quantizer, Uniform, compute_dtype
 from wnq.ste import straight_through
 
@@ -57,6 +58,12 @@ class Normalized(Quantizer):
         else:
             self.gain.data.copy_(start)
 
+    def _gain_of_maximum(self) -> float | None:
+        """Return the gain of a :func:`wnq.normalizers.max_abs`; None if the normalizer is another one."""
+        if isinstance(self.normalize, partial):
+            return self.normalize.keywords.get("max_gain", 1.0) if self.normalize.func is max_abs else None
+        return 1.0 if self.normalize is max_abs else None
+
     def _step(self, w: Tensor, scale: Tensor, integers: Tensor) -> Tensor:
         """Return the distance between neighbouring integers, broadcastable against the weights."""
         if self.scale == "max":
@@ -76,6 +83,10 @@ class Normalized(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return scale * Q(normalize(x))."""
         w = x.to(compute_dtype(x))
+        gain = self._gain_of_maximum()
+        if gain is not None and self.scale == "max" and not self.quantizer.ewgs:
+            dims = reduced_dims(w, self.granularity, self.axis)
+            return MaxRounding.apply(w, self.quantizer, dims, gain).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportUnknownMemberType, reportUnknownVariableType]
         u, scale = self.normalize(w, self.axis)
         integers = self.quantizer.integers(u)
         return (integers * self._step(w, scale, integers)).to(x.dtype)

@@ -191,18 +191,21 @@ class Uniform(Quantizer):
         return torch.arange(-self.divisor, self.divisor + 1, stride, device=like.device, dtype=compute_dtype(like))
 
     def _codes(self, u: Tensor) -> Tensor:
-        """Codes as floats."""
+        """Codes as floats; a NaN stays one."""
         if self.bits == 1:
-            return (u >= 0).to(u.dtype)
+            return torch.where(u >= 0, 1.0, torch.where(u < 0, 0.0, u))
         if self.grid == "full":
-            return torch.floor(u * (self.divisor / 2) + 2 ** (self.bits - 1)).clamp(0, self.divisor)
-        return torch.round(u * self.divisor).clamp(-self.divisor, self.divisor) + self.divisor
+            return (u * (self.divisor / 2)).add_(2 ** (self.bits - 1)).floor_().clamp_(0, self.divisor)
+        return (u * self.divisor).round_().clamp_(-self.divisor, self.divisor).add_(self.divisor)
+
+    def rounded(self, u: Tensor) -> Tensor:
+        """Return the integer level of each element, Q(u) times the divisor, without a gradient of use."""
+        codes = self._codes(u)
+        return (codes.mul_(2) if self.grid == "full" else codes).sub_(self.divisor)
 
     def integers(self, u: Tensor) -> Tensor:
         """Return the integer level of each element, with the gradient of ``divisor * u``: Q(u) times the divisor."""
-        codes = self._codes(u)
-        integer = 2 * codes - self.divisor if self.grid == "full" else codes - self.divisor
-        return self.pass_through(integer, u * self.divisor, 2 * self.divisor)
+        return self.pass_through(self.rounded(u), u * self.divisor, 2 * self.divisor)
 
     def codes(self, u: Tensor) -> Tensor:
         """Return the uint8 codes of ``u``."""
