@@ -103,7 +103,7 @@ def bad(result: tuple[int, str, str], code: int, *words: str) -> None:
         assert word in lines[0], lines[0]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS[:-1], "bench infer"])
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], "bench infer", "bench train"])
 def test_help_shows_an_example_and_the_common_options(wnq, command: str) -> None:
     out = good(wnq(*command.split(), "--help"))
     assert re.search(rf"Examples?:\n +wnq {command}\b", out)

@@ -42,23 +42,25 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, bf16
     was_training = model.training
     model.eval()
     totals: Tensor | None = None
+    seen = 0
     try:
         for images, labels in batches:
             if totals is None:
-                totals = torch.zeros(3, dtype=torch.float64, device=images.device)
+                totals = torch.zeros(2, dtype=torch.float64, device=images.device)
             if not len(labels):
                 continue
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-                logits = model(images).float()
+                logits = model(images)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack(
-                [correct.double(), loss.double(), torch.tensor(len(labels), device=images.device).double()]
-            )
+            totals += torch.stack([correct.double(), loss.double()])
+            seen += len(labels)
     finally:
         model.train(was_training)
     if totals is None:
         raise ValueError(NO_IMAGES)
+    totals = torch.cat([totals, totals.new_tensor([seen])])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
     if not totals[2]:

@@ -1,4 +1,4 @@
-"""``wnq bench infer``."""
+"""``wnq bench infer``; ``wnq bench train`` is in :mod:`wnq.cli.bench_train`."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wnq.cli.bench_train import numbers_in, train
 from wnq.cli.command import Json, command
 from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, build, data_options
 from wnq.cli.screen import Screen
@@ -16,7 +17,8 @@ from wnq.cli.training import data_section, read_images
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SIZES = {"digits_cnn": (1, 8, 8), "digits_mlp": (1, 8, 8)}
+IMAGENET = ("alexnet_bn", "mobilenet_v1", "mobilenet_v2", "resnet18", "resnet34", "resnet50")
+SIZES = {"digits_cnn": (1, 8, 8), "digits_mlp": (1, 8, 8), **dict.fromkeys(IMAGENET, (3, 224, 224))}
 """Shapes of one image for networks that are not measured at 3x32x32."""
 
 
@@ -31,6 +33,11 @@ def register(app: typer.Typer) -> None:
         "wnq bench infer preact_resnet18 --bits 4/4 --size 3x224x224 --batches 1,32",
         "wnq bench infer timm:resnet18 --size 3x224x224 --engines onnx,openvino --out speed.json",
     )(infer)
+    command(
+        bench,
+        "wnq bench train recipe.toml --compile",
+        "wnq bench train resnet20 --bits 3/3 --set train.batch_size=128 --set train.bf16=true",
+    )(train)
     app.add_typer(bench)
 
 
@@ -79,7 +86,7 @@ def infer(
     from wnq.names import check_choice
     from wnq.speed import measure_speed
 
-    numbers = _numbers(batches, ",", "--batches")
+    numbers = numbers_in(batches, ",", "--batches")
     chosen = None if engines is None else [part.strip() for part in engines.split(",")]
     for name in chosen or ():
         check_choice(name, ("eager", "compiled", *DIALECTS), where="--engines")
@@ -88,9 +95,9 @@ def infer(
         section = data_section(opened, data, data_options(data_option))
         with screen.bar("reading images") as on_image:
             split = read_images(section, on_image)
-        from wnq.data import Batches
+        from wnq.data import batches_of
 
-        x, _ = next(iter(Batches(split.train, min(256, len(split.train)), mean=split.mean, std=split.std).epoch(0)))
+        x, _ = next(iter(batches_of(split.train, min(256, len(split.train)), mean=split.mean, std=split.std).epoch(0)))
         quantized, network = opened.model, _float_network(opened)
     else:
         network = build(target, num_classes, in_channels, model_option)
@@ -108,16 +115,6 @@ def infer(
     return found
 
 
-def _numbers(text: str, separator: str, option: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(separator)]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option} must be positive integers separated by {separator!r}, got {text!r}.")
-    return numbers
-
-
 def _by_name(network: "nn.Module", bits: str, size: str) -> "tuple[nn.Module, Tensor]":
     """Return a network's quantized version with random weights, and random images."""
     import torch
@@ -126,10 +123,10 @@ def _by_name(network: "nn.Module", bits: str, size: str) -> "tuple[nn.Module, Te
     from wnq.methods import get_method
     from wnq.plan import make_plan
 
-    shape = _numbers(size, "x", "--size")
+    shape = numbers_in(size, "x", "--size")
     if len(shape) != 3:
         raise ValueError(f"--size must be channels x height x width, such as 3x224x224, got {size!r}.")
-    widths = _numbers(bits, "/", "--bits")
+    widths = numbers_in(bits, "/", "--bits")
     if len(widths) != 2:
         raise ValueError(f"--bits must be W/A, such as 4/4, got {bits!r}.")
     with torch.random.fork_rng(devices=[]):

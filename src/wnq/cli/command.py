@@ -134,9 +134,10 @@ def _is_mistake(error: BaseException) -> bool:
 
 
 def _is_known(error: BaseException) -> bool:
-    from wnq.train import TrainingDivergedError
+    from wnq.train import OutOfMemoryError, ProcessLostError, TrainingDivergedError
 
-    return isinstance(error, ValueError | TypeError | OSError | ImportError | FailureError | TrainingDivergedError)
+    of_training = OutOfMemoryError | ProcessLostError | TrainingDivergedError
+    return isinstance(error, ValueError | TypeError | OSError | ImportError | FailureError | of_training)
 
 
 def sentence(error: BaseException) -> str:

@@ -1,10 +1,23 @@
-"""How fast a network runs, float and integer, in every engine that is installed: paired, in turn, on one thread.
+"""How fast a network runs, float and integer, in every engine that is installed; and how fast it trains, float and quantized.
 
-``arms`` are the ways to run a network, ``measuring`` takes them in turn, ``summary`` says what came out.
+All is paired and in turn. ``arms`` are the ways to run a network, ``measuring`` takes them in turn on one thread, ``training`` does
+so with steps of training, ``summary`` says what came out.
 """
 
 from wnq.speed.arms import Arm, LeftOut, arms_of
 from wnq.speed.measuring import in_turn, measure_speed
 from wnq.speed.summary import Ratio, median_ratio
+from wnq.speed.training import TrainArm, measure_training, training_arms
 
-__all__ = ["Arm", "LeftOut", "Ratio", "arms_of", "in_turn", "measure_speed", "median_ratio"]
+__all__ = [
+    "Arm",
+    "LeftOut",
+    "Ratio",
+    "TrainArm",
+    "arms_of",
+    "in_turn",
+    "measure_speed",
+    "measure_training",
+    "median_ratio",
+    "training_arms",
+]

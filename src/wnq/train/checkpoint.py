@@ -1,14 +1,16 @@
 """The state of an unfinished training run: written beside and renamed, read without running any code."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from wnq.files import replacing
+from wnq.train.config import TrainConfig
 
 FORMAT = 1
 
@@ -37,14 +39,14 @@ class TrainState:
 
 
 def save_checkpoint(
-    path: Path,
+    path: Path | BinaryIO,
     state: TrainState,
     config: dict[str, Any],
     *,
     optimizer: torch.optim.Optimizer,
     **models: nn.Module | None,
 ) -> None:
-    """Write everything that a resumed run needs to continue bit for bit."""
+    """Write everything that a resumed run needs to continue bit for bit, to a path or an open file."""
     content = {
         "format": FORMAT,
         "config": json.dumps(config, sort_keys=True),
@@ -54,8 +56,8 @@ def save_checkpoint(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    with replacing(path) if isinstance(path, Path) else contextlib.nullcontext(path) as target:
+        torch.save(content, target)
 
 
 def remove_leftovers(*paths: Path) -> None:
@@ -66,9 +68,11 @@ def remove_leftovers(*paths: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, config: dict[str, Any], *, optimizer: torch.optim.Optimizer, **models: nn.Module | None
+    path: Path | BinaryIO, config: dict[str, Any], *, optimizer: torch.optim.Optimizer, **models: nn.Module | None
 ) -> TrainState:
     """Restore what :func:`save_checkpoint` wrote, in place, and return where the run stands.
+
+    Settings that the checkpoint does not know yet count as written with their defaults.
 
     Raises:
         ValueError: the file is damaged, of another version, or belongs to a run with other settings (which ones) or
@@ -88,6 +92,8 @@ def load_checkpoint(
             f"cannot resume from {path}: checkpoint format {version!r}, this version of wnq reads {FORMAT}. "
             "Resume it with the version that wrote it, or remove it to start the run anew."
         )
+    defaults = dataclasses.asdict(TrainConfig())
+    written, config = defaults | written, defaults | config
     differing = sorted(key for key in written.keys() | config.keys() if written.get(key) != config.get(key))
     if differing:
         changes = ", ".join(f"{key}: {written.get(key)!r} then, {config.get(key)!r} now" for key in differing)

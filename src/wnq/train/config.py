@@ -52,6 +52,8 @@ class TrainConfig:
     """Memory format of images and weights; faster for most convolutions."""
     compile: bool = False
     """Compile the model with ``torch.compile(fullgraph=True)``."""
+    compact_activations: bool = False
+    """Keep quantized inputs as codes for the backward pass: less memory, the same gradients bit for bit; eager only."""
     eval_every: int = 1
     """Evaluate after every this many epochs (and always after the last)."""
     checkpoint_steps: int = 0
@@ -73,6 +75,11 @@ class TrainConfig:
         for name in (*decays_and_rates, "bn_batches", "crop_padding", "checkpoint_steps", "record_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}.")
+        if self.compact_activations and self.compile:
+            raise ValueError(
+                "compact_activations works in eager mode, and a compiled step decides by itself what to keep: "
+                "set compile = false or compact_activations = false."
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}.")
 

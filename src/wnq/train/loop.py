@@ -1,7 +1,6 @@
 """The trainer: one readable loop for float and quantized models, on one process or many."""
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -10,22 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
-from wnq.data import Augment, Batches, Dataset
-from wnq.files import write_text
+from wnq.compact import compact_activations_
+from wnq.data import Augment, Dataset, batches_of
 from wnq.integer import round_biases_
 from wnq.metrics import Metrics, evaluate
-from wnq.procedures import Procedure, looked_ahead
+from wnq.procedures import Procedure
+from wnq.train.account import Account, spoilt
+from wnq.train.average import Average
 from wnq.train.batchnorm import reestimate_batchnorm_
-from wnq.train.checkpoint import TrainState, load_checkpoint, remove_leftovers, save_checkpoint
-from wnq.train.config import TrainConfig, schedule
+from wnq.train.checkpoint import TrainState
+from wnq.train.config import TrainConfig
+from wnq.train.divergence import TrainingDivergedError, finite_state, first_not_finite, in_words, told_by_any
+from wnq.train.failures import explained
 from wnq.train.interrupt import Interrupted, catching_interrupt
-from wnq.train.loss import training_loss
+from wnq.train.kept import Kept, sentence
 from wnq.train.optimizer import make_optimizer
-from wnq.train.processes import plain_accelerator, share_buffers, sum_up
-from wnq.train.progress import Progress, TrainResult
+from wnq.train.processes import all_of, check_engine, plain_accelerator, share_buffers
+from wnq.train.progress import Pace, Progress, TrainResult
+from wnq.train.step import TrainStep
 from wnq.train.tails import make_recorder
 
 if TYPE_CHECKING:
@@ -35,9 +38,8 @@ __all__ = ["Interrupted", "Progress", "TrainConfig", "TrainResult", "TrainingDiv
 
 logger = logging.getLogger(__name__)
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is NaN or infinite."""
+REPEATED_READINGS = 240
+"""Longest repetition of steps in search of the layer that a NaN came from, in readings: about two minutes."""
 
 
 def fit(
@@ -67,13 +69,19 @@ def fit(
         out: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``tails.jsonl``; None keeps everything in memory.
         resume: continue from the checkpoint in ``out`` if there is one.
         accelerator: an ``accelerate.Accelerator`` to use, for example one with trackers; by default a plain one.
-        on_step: called on the main process after every step.
+        on_step: called on the main process after every step. Loss and accuracy are read from the device about twice a second
+            and at the end of an epoch; in between they stay as they were.
 
     Raises:
-        TrainingDivergedError: the loss became NaN or infinite.
-        Interrupted: Ctrl-C; with ``out``, the checkpoint is written first.
+        TrainingDivergedError: the loss became NaN or infinite: at which step, in which layer, and what was kept. It is noticed
+            at the next reading; nothing is saved in between.
+        OutOfMemoryError: a batch does not fit into memory.
+        ProcessLostError: another process of the job has ended.
+        Interrupted: Ctrl-C; with ``out``, the checkpoint is written first. One process ends the running step. Several agree at
+            the next reading, for all must end after the same step.
         ValueError: distillation without a teacher, a procedure that does not fit the model or the settings, a
-            checkpoint that does not fit, or several processes with fewer images than a batch.
+            checkpoint that does not fit, several processes with fewer images than a batch, or an accelerator that shards the
+            model.
         ModuleNotFoundError: the extra ``train`` is not installed.
     """
     if config.distill_weight > 0 and teacher is None:
@@ -83,7 +91,10 @@ def fit(
             f"procedure {procedure.settings['name']!r} cannot watch a compiled model: set compile = false."
         )
     folder = None if out is None else Path(out)
-    return _Run(model, data, config, teacher, procedure, folder, accelerator or plain_accelerator(), on_step).go(resume)
+    accelerator = accelerator or plain_accelerator()
+    check_engine(accelerator)
+    with explained(config, accelerator.num_processes, lambda: sentence(folder)):
+        return _Run(model, data, config, teacher, procedure, folder, accelerator, on_step).go(resume)
 
 
 class _Run:
@@ -110,6 +121,8 @@ class _Run:
         device = cast(torch.device, accelerator.device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+        if config.compact_activations:
+            compact_activations_(self.model)
         self.teacher = None if teacher is None else teacher.to(device, memory_format=layout).eval()  # pyright: ignore[reportCallIssue]
         share: dict[str, Any] = {
             "mean": data.mean,
@@ -119,18 +132,18 @@ class _Run:
             "world_size": self.processes,
             "channels_last": config.channels_last,
         }
-        self.train = Batches(
+        self.train = batches_of(
             data.train,
             config.batch_size,
-            augment=Augment(config.crop_padding, config.flip) if config.crop_padding or config.flip else None,
+            augment=Augment(config.crop_padding, config.flip),
             shuffle=True,
             seed=config.seed,
             drop_last=len(data.train) >= config.batch_size,
             **share,
         )
-        self.val = Batches(data.val, max(config.batch_size, 256 * self.processes), **share)
+        self.val = batches_of(data.val, max(config.batch_size, 256 * self.processes), **share)
         self.steps = self.train.steps_per_epoch
-        self.images_per_step = min(config.batch_size, len(data.train))
+        self.pace = Pace(config.epochs, self.steps, min(config.batch_size, len(data.train)))
         self.procedure = (procedure or Procedure()).to(device)
         self.procedure.start_(self.model, self.teacher)
         self.optimizer = make_optimizer(self.model, self.procedure, config)
@@ -139,32 +152,33 @@ class _Run:
                 f"procedure {self.procedure.settings['name']!r} trains parameters of its own, whose gradients "
                 f"{self.processes} processes do not share: use one process."
             )
-        self.peaks: list[float] = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = None
-        if config.ema_decay > 0:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.models = {"model": self.model, "average": self.average, "procedure": procedure}
+        self.average = Average(self.model, config.ema_decay) if config.ema_decay > 0 else None
         # What a checkpoint must have been written with. Runs without a procedure do not mention one.
-        self.settings = dataclasses.asdict(config) | ({} if procedure is None else {"procedure": procedure.settings})
+        settings = dataclasses.asdict(config) | ({} if procedure is None else {"procedure": procedure.settings})
+        self.models: dict[str, nn.Module | None] = {"model": model, "average": self.average, "procedure": procedure}
+        self.kept = Kept(out, settings, self.optimizer, self.models)
         self.state = TrainState()
-        if not config.record_every:
-            del self.settings["record_every"]  # checkpoints from before it was a setting go on
         self.recorder = make_recorder(self.model, config.record_every, out, accelerator)
+        self.step = TrainStep(
+            self.model, self.optimizer, config, steps_per_epoch=self.steps, accelerator=accelerator,
+            procedure=self.procedure, teacher=self.teacher, average=self.average, recorder=self.recorder,
+        )  # fmt: skip
+        self.account = Account(device, self.processes, accelerator.process_index)
 
     def go(self, resume: bool) -> TrainResult:
-        checkpoint = None if self.out is None else self.out / "checkpoint.pt"
-        if resume and checkpoint is not None and checkpoint.exists():
-            remove_leftovers(checkpoint, checkpoint.with_name("metrics.jsonl"))
-            self.state = load_checkpoint(checkpoint, self.settings, optimizer=self.optimizer, **self.models)
+        found = self.kept.resume() if resume else None
+        if found is None:
+            self.kept.copy(self.state)
+        else:
+            self.state = found
             logger.info("resumed at epoch %d, step %d", self.state.epoch, self.state.step)
         if self.recorder is not None:
             self.recorder.resume_after(self._steps_done)
-        prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
-        network: nn.Module = torch.compile(prepared, fullgraph=True) if self.config.compile else prepared  # pyright: ignore[reportAssignmentType]
+        self.finite = finite_state(self.model)
         val: Metrics | None = None
         with catching_interrupt() as interrupted:
             while self.state.epoch < self.config.epochs:
-                val = self._epoch(network, interrupted)
+                val = self._epoch(interrupted)
         self._share_buffers()
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
@@ -177,7 +191,7 @@ class _Run:
         finished = self.average is not None or self.config.bn_batches or self.models["procedure"] is not None
         if val is None or finished or rounded:
             val = self._evaluate(self.model)
-        images = self.steps * self.images_per_step * self.config.epochs
+        images = self.steps * self.pace.images * self.config.epochs
         return TrainResult(val, self.state.history, self.state.seconds, images / max(self.state.seconds, 1e-9))
 
     @property
@@ -189,31 +203,28 @@ class _Run:
 
     def _share_buffers(self) -> None:
         if self.processes > 1:
-            share_buffers(self.models.values())
+            share_buffers(self.models.values(), self.accelerator.device)
 
-    def _epoch(self, network: nn.Module, interrupted: Callable[[], bool]) -> Metrics | None:
+    def _epoch(self, interrupted: Callable[[], bool]) -> Metrics | None:
         state, config = self.state, self.config
-        network.train()
+        self.step.network.train()
         self.procedure.start_epoch_(self.model, state.epoch, config.epochs)
         begin = time.perf_counter()
         done_before, resumed_at = state.seconds, state.step
+        self.account.begin()
         for images, labels in self.train.epoch(state.epoch, start_step=state.step):
-            loss, correct = self._step(network, images, labels)
-            seen, stop = len(labels), interrupted()
-            if self.processes > 1:
-                loss, correct, seen, stop = sum_up(loss, correct, seen, stop, images.device)
+            self.account.add(*self.step.take(images, labels, self._steps_done), labels)
             state.step += 1
-            state.loss_sum += loss
-            state.correct += correct
-            state.seen += seen
-            if not math.isfinite(loss):
-                raise TrainingDivergedError(
-                    f"the loss is {loss} at epoch {state.epoch + 1}, step {state.step}. Lower lr or quantizer_lr, "
-                    "lengthen warmup_epochs, or start from a trained float model."
-                )
+            stop = interrupted()
+            saving = bool(config.checkpoint_steps) and state.step % config.checkpoint_steps == 0
+            last = state.step == self.steps
+            if self.account.due or saving or last or (stop and self.processes == 1):
+                stop = self._read(stop)
+            else:
+                stop = False
             state.seconds = done_before + time.perf_counter() - begin
             self._report(begin, resumed_at)
-            if stop or (config.checkpoint_steps and state.step % config.checkpoint_steps == 0):
+            if stop or saving:
                 self._save()
             if stop:
                 raise Interrupted
@@ -227,71 +238,60 @@ class _Run:
         self._end_epoch(val, time.perf_counter() - begin, resumed_at)
         return val
 
-    def _step(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        rate = schedule(self._steps_done, self.steps, self.config)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * rate
-        loss, logits = self._gradients(network, images, labels)
-        if self.procedure.looks_ahead:
-            with looked_ahead(self.optimizer):
-                self._gradients(network, images, labels)
-        if self.recorder is not None:
-            self.recorder.after_backward(self._steps_done + 1)
-        self.stepper.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self.procedure.after_step_(self.model, self._steps_done + 1)
-        return loss.item(), int((logits.argmax(1) == labels).sum())
+    def _read(self, stop: bool) -> bool:
+        """Bring the state up to the last step; return whether any process has seen Ctrl-C."""
+        state = self.state
+        first = state.step - self.account.pending
+        reading = self.account.read(stop=stop, spoilt=spoilt(self.finite.values()))
+        for step, loss in enumerate(reading.losses, first + 1):
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}", step, self._search(step))
+            state.loss_sum += loss
+        state.correct += reading.correct
+        state.seen += reading.seen
+        if reading.spoilt:
+            spoilt_one = next((name for name, t in self.finite.items() if not bool(t.isfinite().all())), None)
+            where = None if spoilt_one is None else in_words(spoilt_one)
+            raise self._diverged("weights are not finite after the update", state.step, where)
+        return reading.stop
 
-    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of a batch in the parameters; return loss and logits."""
-        config = self.config
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            with self.procedure.watching(self.model):
-                logits = network(images).float()
-            with torch.no_grad():
-                twin = None if self.teacher is None or not config.distill_weight else self.teacher(images).float()
-            loss = self.procedure.loss(training_loss(logits, labels, config, twin), self.model, images, labels)
-        self.stepper.zero_grad()
-        self.accelerator.backward(loss)
-        if config.clip_grad_norm:
-            parameters = [*self.model.parameters(), *self.procedure.parameters()]
-            self.accelerator.clip_grad_norm_(parameters, config.clip_grad_norm)
-        return loss, logits
+    def _diverged(self, what: str, step: int, where: str | None) -> TrainingDivergedError:
+        where = told_by_any(where)
+        origin = "" if where is None else f" The first that is not finite is {where}."
+        return TrainingDivergedError(
+            f"{what} at epoch {self.state.epoch + 1}, step {step}. Lower lr or quantizer_lr, lengthen warmup_epochs, or start "
+            f"from a trained float model.{origin} {sentence(self.out)}"
+        )
+
+    def _search(self, bad: int) -> str | None:
+        """Repeat the steps since the last good state, up to the one with the bad loss, and see where it comes from.
+
+        By the time a bad loss is read, the updates after it have spoilt every weight.
+        """
+        if not all_of(self.kept.at_hand, self.accelerator.device):
+            return None
+        epoch, at = self.state.epoch, self.kept.go_back()
+        if at.epoch != epoch or bad - at.step > REPEATED_READINGS * self.account.stride:
+            return None
+        logger.info("the loss is not finite: repeating %d steps in search of the layer", bad - at.step)
+        self.step.recorder = None
+        self.step.network.train()
+        self.procedure.start_epoch_(self.model, epoch, self.config.epochs)
+        for step, (images, labels) in enumerate(self.train.epoch(epoch, start_step=at.step), at.step + 1):
+            if step == bad:
+                return first_not_finite(self.model, lambda x=images, y=labels: self.step.loss(self.model, x, y))
+            self.step.take(images, labels, epoch * self.steps + step - 1)
+        return None
 
     def _report(self, begin: float, resumed_at: int, val: Metrics | None = None) -> None:
-        if self.on_step is None or not self.accelerator.is_main_process:
-            return
-        state = self.state
-        seconds = (time.perf_counter() - begin) / max(1, state.step - resumed_at)
-        left = (self.config.epochs - state.epoch) * self.steps - state.step
-        self.on_step(
-            Progress(
-                state.epoch + 1,
-                self.config.epochs,
-                state.step,
-                self.steps,
-                state.loss_sum / max(1, state.step),
-                100 * state.correct / max(1, state.seen),
-                self.images_per_step / max(seconds, 1e-9),
-                left * seconds,
-                val,
-            )
-        )
+        if self.on_step is not None and self.accelerator.is_main_process:
+            seconds, pending = time.perf_counter() - begin, self.account.pending
+            self.on_step(self.pace.progress(self.state, seconds, resumed_at=resumed_at, pending=pending, val=val))
 
     def _end_epoch(self, val: Metrics | None, seconds: float, resumed_at: int) -> None:
         state = self.state
         self._report(time.perf_counter() - seconds, resumed_at, val)
-        row: dict[str, Any] = {
-            "epoch": state.epoch + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": state.loss_sum / max(1, state.step),
-            "accuracy": 100 * state.correct / max(1, state.seen),
-            "val_loss": None if val is None else val.loss,
-            "val_accuracy": None if val is None else val.accuracy,
-            "seconds": round(seconds, 3),
-            "images_per_second": round((state.step - resumed_at) * self.images_per_step / max(seconds, 1e-9), 1),
-        }
+        row = self.pace.row(state, self.optimizer.param_groups[0]["lr"], seconds, resumed_at=resumed_at, val=val)
         state.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=state.epoch + 1)
         state.epoch += 1
@@ -299,11 +299,6 @@ class _Run:
         self._save()
 
     def _save(self) -> None:
-        if self.out is None:
-            return
-        if self.accelerator.is_main_process:
-            # Metrics first: were they second, a run killed in between would end without its last row.
-            write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.state.history))
-            path = self.out / "checkpoint.pt"
-            save_checkpoint(path, self.state, self.settings, optimizer=self.optimizer, **self.models)
-        self.accelerator.wait_for_everyone()
+        self.kept.save(self.state, write=self.accelerator.is_main_process)
+        if self.out is not None:
+            self.accelerator.wait_for_everyone()

@@ -21,16 +21,35 @@ def plain_accelerator() -> "Accelerator":
     return Accelerator(cpu=not torch.accelerator.is_available())
 
 
-def share_buffers(models: Iterable[nn.Module | None]) -> None:
-    """Give all processes the main one's buffers: BatchNorm statistics follow each one's own share."""
+def share_buffers(models: Iterable[nn.Module | None], device: torch.device) -> None:
+    """Give all processes the main one's buffers: BatchNorm statistics follow each one's own share.
+
+    Args:
+        models: the same in all processes.
+        device: what the processes share by; a counter that lives on the host travels over it.
+    """
     for model in models:
         for buffer in () if model is None else model.buffers():
-            dist.broadcast(buffer, src=0)
+            shared = buffer.to(device)
+            dist.broadcast(shared, src=0)
+            if shared is not buffer:
+                buffer.copy_(shared)
 
 
-def sum_up(loss: float, correct: int, seen: int, stop: bool, device: torch.device) -> tuple[float, int, int, bool]:
-    """Return mean loss and counts over all processes, and whether any has seen Ctrl-C: they must stop together."""
-    totals = torch.tensor([loss * seen, correct, seen, stop], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    loss_sum, correct_sum, seen_sum, stops = totals.tolist()
-    return loss_sum / seen_sum, int(correct_sum), int(seen_sum), stops > 0
+def all_of(able: bool, device: torch.device) -> bool:
+    """Return whether it holds in every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return able
+    answers = torch.tensor(int(able), device=device)
+    dist.all_reduce(answers, op=dist.ReduceOp.MIN)
+    return bool(answers)
+
+
+def check_engine(accelerator: "Accelerator") -> None:
+    """Raise ``ValueError`` where the processes divide the model among them instead of the images."""
+    engine = str(accelerator.distributed_type).rpartition(".")[2]
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ValueError(
+            f"fit trains by DistributedDataParallel, every process with the whole model, but accelerate is set to {engine}: use "
+            "accelerate launch --multi_gpu or torchrun, or shard the model in a loop of your own (docs/distributed.md)."
+        )

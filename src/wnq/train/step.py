@@ -1,0 +1,112 @@
+"""One step of training: from a batch to moved weights, without waiting for the device."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wnq.procedures import Procedure, looked_ahead
+from wnq.recorder import TailRecorder
+from wnq.train.average import Average
+from wnq.train.config import TrainConfig, schedule
+from wnq.train.loss import training_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class TrainStep:
+    """What every step of a run shares.
+
+    Args:
+        model: maps normalised images ``(B, C, H, W)`` to logits ``(B, classes)``.
+        optimizer: over its parameters, with their peak learning rates.
+        config: the settings.
+        steps_per_epoch: which the learning rate follows.
+        accelerator: knows the device and the other processes.
+        procedure: started already.
+        teacher: the float twin, in eval mode; needed where ``distill_weight`` > 0.
+        average: of the weights.
+        recorder: of the tails.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        *,
+        steps_per_epoch: int,
+        accelerator: "Accelerator",
+        procedure: Procedure | None = None,
+        teacher: nn.Module | None = None,
+        average: Average | None = None,
+        recorder: TailRecorder | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.config, self.accelerator = model, optimizer, config, accelerator
+        self.steps_per_epoch, self.teacher, self.average, self.recorder = steps_per_epoch, teacher, average, recorder
+        self.procedure = procedure or Procedure()
+        self._peaks: list[float] = [group["lr"] for group in optimizer.param_groups]
+        prepared, self._stepper = accelerator.prepare(model, optimizer)
+        self.network: nn.Module = prepared
+        """The model as it is called: shared between the processes, and compiled."""
+        if config.compile:
+            self.network = torch.compile(prepared, fullgraph=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def take(self, images: Tensor, labels: Tensor, done: int) -> tuple[Tensor, Tensor]:
+        """Take one step, and return the loss before it and the logits.
+
+        Args:
+            images: ``(B, C, H, W)``, this process's share.
+            labels: int64, ``(B,)``.
+            done: steps of the run before this one.
+        """
+        self.set_rate(done)
+        loss, logits = self.gradients(images, labels)
+        if self.procedure.looks_ahead:
+            with looked_ahead(self.optimizer):
+                self.gradients(images, labels)
+        if self.recorder is not None:
+            self.recorder.after_backward(done + 1)
+        self.update()
+        self.procedure.after_step_(self.model, done + 1)
+        return loss, logits
+
+    def set_rate(self, done: int) -> None:
+        """Set the learning rate of the step after ``done`` steps."""
+        rate = schedule(done, self.steps_per_epoch, self.config)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate
+
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of a batch in the parameters; return loss and logits, without gradient."""
+        loss, logits = self.loss(self.network, images, labels)
+        self._stepper.zero_grad()
+        self.accelerator.backward(loss)
+        if self.config.clip_grad_norm:
+            parameters = [*self.model.parameters(), *self.procedure.parameters()]
+            self.accelerator.clip_grad_norm_(parameters, self.config.clip_grad_norm)
+        return loss.detach(), logits.detach()
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and logits of a batch."""
+        config = self.config
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            with self.procedure.watching(self.model):
+                logits = at_least_single(network(images))
+            with torch.no_grad():
+                distilled = self.teacher is not None and config.distill_weight
+                twin = at_least_single(self.teacher(images)) if self.teacher is not None and distilled else None
+            loss = training_loss(logits, labels, config, twin)
+            return self.procedure.loss(loss, self.model, images, labels), logits
+
+    def update(self) -> None:
+        """Move the weights along the gradients that are there, and the average after them."""
+        self._stepper.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+
+def at_least_single(logits: Any) -> Tensor:
+    """Return logits in float32, or as they are if they are float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
