@@ -77,7 +77,7 @@ def _input_values(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> di
     if not reading:
         return {}
     values = torch.cat([x.flatten() for batch in samples for x in batch if x.is_floating_point()]).unique()
-    return {name: values for name in reading} if values.numel() <= MOST_VALUES else {}
+    return dict.fromkeys(reading, values) if values.numel() <= MOST_VALUES else {}
 
 
 def _stretch(values: Tensor, grid: InputGrid) -> float:
