@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wnq.cli.bench_train import numbers_in, train
+from wnq.cli.bench_train import train
 from wnq.cli.command import Json, command
 from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, build, data_options
 from wnq.cli.screen import Screen
+from wnq.cli.shapes import numbers_in, shape_of
 from wnq.cli.targets import Target, open_target
 from wnq.cli.training import data_section, read_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-IMAGENET = ("alexnet_bn", "mobilenet_v1", "mobilenet_v2", "resnet18", "resnet34", "resnet50")
-SIZES = {"digits_cnn": (1, 8, 8), "digits_mlp": (1, 8, 8), **dict.fromkeys(IMAGENET, (3, 224, 224))}
-"""Shapes of one image for networks that are not measured at 3x32x32."""
 
 
 def register(app: typer.Typer) -> None:
@@ -64,7 +61,9 @@ def infer(
     bits: Annotated[str, typer.Option(metavar="W/A", help="Of a network given by name.")] = "4/4",
     size: Annotated[
         str | None,
-        typer.Option(metavar="CxHxW", help="Of one image, for a network given by name; 3x32x32.", show_default=False),
+        typer.Option(
+            metavar="CxHxW", help="Of one image, for a network given by name; what suits it.", show_default=False
+        ),
     ] = None,
     data: DataName = None,
     data_option: DataOption = None,
@@ -101,7 +100,7 @@ def infer(
         quantized, network = opened.model, _float_network(opened)
     else:
         network = build(target, num_classes, in_channels, model_option)
-        quantized, x = _by_name(network, bits, size or "x".join(map(str, SIZES.get(target, (3, 32, 32)))))
+        quantized, x = _by_name(network, bits, shape_of(target, size))
     screen.work()
     with screen.bar("making files") as on_arm, screen.bar("measuring") as on_second:
         found = measure_speed(
@@ -115,7 +114,7 @@ def infer(
     return found
 
 
-def _by_name(network: "nn.Module", bits: str, size: str) -> "tuple[nn.Module, Tensor]":
+def _by_name(network: "nn.Module", bits: str, shape: list[int]) -> "tuple[nn.Module, Tensor]":
     """Return a network's quantized version with random weights, and random images."""
     import torch
 
@@ -123,9 +122,6 @@ def _by_name(network: "nn.Module", bits: str, size: str) -> "tuple[nn.Module, Te
     from wnq.methods import get_method
     from wnq.plan import make_plan
 
-    shape = numbers_in(size, "x", "--size")
-    if len(shape) != 3:
-        raise ValueError(f"--size must be channels x height x width, such as 3x224x224, got {size!r}.")
     widths = numbers_in(bits, "/", "--bits")
     if len(widths) != 2:
         raise ValueError(f"--bits must be W/A, such as 4/4, got {bits!r}.")

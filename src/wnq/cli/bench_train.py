@@ -9,14 +9,12 @@ import typer
 from wnq.cli.command import Json, existing
 from wnq.cli.options import set_keys
 from wnq.cli.screen import Screen
+from wnq.cli.shapes import numbers_in, shape_of
 from wnq.cli.training import read_images
 
 if TYPE_CHECKING:
     from wnq.data import Dataset
     from wnq.recipe import Recipe
-
-SMALL = ("digits_cnn", "digits_mlp")
-"""Networks for one channel of 8x8; the others are measured at 3x32x32."""
 
 
 def train(
@@ -35,7 +33,9 @@ def train(
     memory: Annotated[bool, typer.Option(help="Measure memory, too.")] = True,
     size: Annotated[
         str | None,
-        typer.Option(metavar="CxHxW", help="Of one image, for a network given by name; 3x32x32.", show_default=False),
+        typer.Option(
+            metavar="CxHxW", help="Of one image, for a network given by name; what suits it.", show_default=False
+        ),
     ] = None,
     num_classes: Annotated[int, typer.Option(min=1, help="Of a network given by name.")] = 100,
     assign: Annotated[
@@ -100,7 +100,7 @@ def _work(
         tables: dict[str, Any] = load_recipe(existing(Path(target))).to_json()
     else:
         tables = {"model": {"name": target}, "train": {"channels_last": True, "flip": True}}
-        tables["train"]["crop_padding"] = 1 if target in SMALL else 4
+        tables["train"]["crop_padding"] = 1 if shape_of(target, size)[1] < 32 else 4
     if of_file and size is not None:
         raise ValueError(f"--size {size}: {target} says itself which images it takes.")
     if tables.get("quantize") is not None and bits is not None:
@@ -115,11 +115,7 @@ def _work(
     if of_file:
         with screen.bar("reading images") as on_image:
             return recipe, read_images(recipe.data, on_image)
-    text = size or ("1x8x8" if target in SMALL else "3x32x32")
-    shape = numbers_in(text, "x", "--size")
-    if len(shape) != 3:
-        raise ValueError(f"--size must be channels x height x width, such as 3x224x224, got {size!r}.")
-    return recipe, _random_images(shape, 4 * recipe.train.batch_size, num_classes)
+    return recipe, _random_images(shape_of(target, size), 4 * recipe.train.batch_size, num_classes)
 
 
 def _random_images(shape: list[int], count: int, classes: int) -> "Dataset":
@@ -132,21 +128,6 @@ def _random_images(shape: list[int], count: int, classes: int) -> "Dataset":
     labels = torch.randint(0, classes, (count,), generator=generator)
     split = ImageData(images, labels, tuple(map(str, range(classes))))
     return Dataset(split, split, (0.5,) * shape[0], (0.25,) * shape[0])
-
-
-def numbers_in(text: str, separator: str, option: str) -> list[int]:
-    """Return the positive integers of an option.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    try:
-        numbers = [int(part) for part in text.split(separator)]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option} must be positive integers separated by {separator!r}, got {text!r}.")
-    return numbers
 
 
 def _show(screen: Screen, found: dict[str, Any]) -> None:
