@@ -4,6 +4,7 @@ These readers drop the bounds of grids below 8 bits, so a clip of the float inpu
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -73,6 +74,12 @@ def decoded(codes: Tensor, grid: InputGrid, style: Style) -> Tensor:
     return torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *style.form(grid))
 
 
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    """Return zero points; one tensor for all layers of as many channels, so that a file holds it once."""
+    return torch.zeros(count, dtype=torch.int64)
+
+
 class IntegerLayer(nn.Module):
     """Stands for a :class:`DeployedLayer` whose product readers know as one of integers.
 
@@ -93,7 +100,7 @@ class IntegerLayer(nn.Module):
         self.split = style.split and saturates(layer)
         self.stored = StoredWeight(layer.weight, 0, planes=style.planes)
         self.scale = nn.Buffer(layer.scale)
-        self.zero = nn.Buffer(torch.zeros(layer.scale.shape, dtype=torch.int64))
+        self.zero = nn.Buffer(_zeros(len(layer.scale)))
         self.bias = nn.Buffer(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights of a program: int8, or planes of bits that operations rebuild."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ class StoredWeight(nn.Module):
 
     weight: Tensor
     planes: Tensor
-    start: Tensor
-    stride: Tensor
+    start: Tensor | int
+    stride: Tensor | int
     positions: Tensor
 
     def __init__(self, integers: Tensor, axis: int, *, planes: bool) -> None:
@@ -38,8 +39,7 @@ class StoredWeight(nn.Module):
             codes, stride, start, self.bits = affine_codes(integers.numpy(), axis)
             if self.bits < 8:
                 self.planes = nn.Buffer(torch.from_numpy(planes_of(codes, self.bits)))
-                self.start = nn.Buffer(torch.from_numpy(np.asarray(start, np.int32)))
-                self.stride = nn.Buffer(torch.from_numpy(np.asarray(stride, np.int32)))
+                self.start, self.stride = _number(start), _number(stride)
                 # Stored, because compilers fold what is computed from stored numbers, not what they would make themselves.
                 self.positions = nn.Buffer(POSITIONS)
         if self.bits == 8:
@@ -53,3 +53,8 @@ class StoredWeight(nn.Module):
         places = torch.bitwise_left_shift(ones, self.positions[: self.bits].reshape(-1, 1, 1).int())
         codes = places.sum(0, dtype=torch.int32).flatten()[: math.prod(self.shape)].reshape(self.shape)
         return (codes * self.stride + self.start).to(torch.int8)
+
+
+def _number(value: Any) -> Tensor | int:
+    """Return one number as such, several as a tensor that is stored."""
+    return int(value) if np.ndim(value) == 0 else nn.Buffer(torch.from_numpy(np.asarray(value, np.int32)))

@@ -1,7 +1,10 @@
 """The dialect ``torch``: a ``.pt2`` program that ``torch.compile`` turns into integer kernels."""
 
 import io
+import json
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +45,56 @@ def for_torch(conversion: Conversion, inputs: tuple[Any, ...], path: Path, optio
 
     notes = (*_notes(conversion.model, options), IMPORTS)
     details = {"torch": torch.__version__}
-    return Written(part_bytes(program, len(content)), notes, details, write_float=write_float)
+    return Written(
+        part_bytes(program, len(content), stored=stored_bytes(content)), notes, details, write_float=write_float
+    )
 
 
 def saved(program: Any) -> bytes:
-    """Return a program as a ``.pt2`` file without the exporter's notes, its texts compressed."""
+    """Return a program as a ``.pt2`` file without the exporter's notes; all but its weights is compressed where that is less."""
     strip_(program)
     plain, packed = io.BytesIO(), io.BytesIO()
     torch.export.save(program, plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
+        whole = {path for name, path in _entries(source).items() if name.endswith(PARTS["weights"])}
         for entry in source.infolist():
-            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith(".json") else zipfile.ZIP_STORED
+            data = source.read(entry)
+            gains = entry.filename not in whole and len(zlib.compress(data)) < len(data)
             fresh = zipfile.ZipInfo(entry.filename)  # 1980, so that the same model gives the same bytes
-            target.writestr(fresh, source.read(entry), kind)
+            target.writestr(fresh, data, zipfile.ZIP_DEFLATED if gains else zipfile.ZIP_STORED)
     return packed.getvalue()
 
 
-def part_bytes(program: Any, whole: int, left_out: tuple[str, ...] = ()) -> dict[str, int]:
+def stored_bytes(content: bytes) -> dict[str, int]:
+    """Return what each tensor of a ``.pt2`` file takes in it, by name."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.getinfo(path).compress_size for name, path in _entries(archive).items()}
+
+
+def _entries(archive: zipfile.ZipFile) -> dict[str, str]:
+    """Return where each tensor lies in an archive, by name."""
+    config = next(name for name in archive.namelist() if name.endswith("weights_config.json"))
+    tensors: dict[str, dict[str, Any]] = json.loads(archive.read(config))["config"]
+    folder = config.rpartition("/")[0]
+    return {name: f"{folder}/{about['path_name']}" for name, about in tensors.items()}
+
+
+def part_bytes(
+    program: Any, whole: int, left_out: tuple[str, ...] = (), stored: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Return a program's bytes by part: weights, scales (and whatever else is a tensor), biases, graph.
 
     Args:
         program: that was written.
         whole: the file's bytes.
         left_out: endings of the names of tensors that are not in the file.
+        stored: what tensors take in the file, by name; those that are not named take their own bytes.
     """
     found = dict.fromkeys((*PARTS, "scales"), 0)
     for name, value in (*program.state_dict.items(), *program.constants.items()):
         if isinstance(value, torch.Tensor) and not name.endswith(left_out):
             part = next((part for part, ends in PARTS.items() if name.endswith(ends)), "scales")
-            found[part] += value.nbytes
+            found[part] += (stored or {}).get(name, value.nbytes)
     return {**found, "graph": whole - sum(found.values()), "file": whole}
 
 
