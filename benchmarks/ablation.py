@@ -9,6 +9,7 @@ same command continues. Writes ``benchmarks/results/ablation_<hardware>_<yyyymm>
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import statistics
@@ -42,6 +43,7 @@ def switches(bits: int) -> dict[str, tuple[dict[str, Any], tuple[dict[str, Any],
         "EWGS, 0.2": (options(ewgs=0.2), None),
         "EMA, 0.99": ({"train": {"ema_decay": 0.99}}, None),
         "BatchNorm estimated anew": ({"train": {"bn_batches": 50}}, None),
+        "EMA, 0.99, and BatchNorm estimated anew": ({"train": {"ema_decay": 0.99, "bn_batches": 50}}, None),
         "weight decay, a tenth": ({"train": {"weight_decay": 1e-5}}, None),
         "weight decay, five times": ({"train": {"weight_decay": 5e-4}}, None),
         STAGED: ({}, ({}, {})),
@@ -116,9 +118,8 @@ def main() -> None:
         beside = STAGED if stages and name != STAGED else PLAIN
         gap = None
         if name != PLAIN and args.seeds > 1:
-            gap = paired_interval(
-                reached, [found[beside, seed] for seed in range(args.seeds)], resolution=0.01
-            )._asdict()
+            base = [found[beside, seed] for seed in range(args.seeds)]
+            gap = dataclasses.asdict(paired_interval(reached, base, resolution=0.01))
         rows.append({"bits": args.bits, "switch": name, "beside": beside, "accuracies": reached, "difference": gap})
     before = FOLDER / f"ablation_{hardware_tag()}_{datetime.datetime.now(datetime.UTC):%Y%m}.json"
     if before.exists():
