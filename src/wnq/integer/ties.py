@@ -77,7 +77,12 @@ def _input_values(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> di
     if not reading:
         return {}
     values = torch.cat([x.flatten() for batch in samples for x in batch if x.is_floating_point()]).unique()
-    return dict.fromkeys(reading, values) if values.numel() <= MOST_VALUES else {}
+    if values.numel() > MOST_VALUES:
+        return {}
+    found: dict[str, Tensor] = {}
+    for name in reading:
+        found[name] = values
+    return found
 
 
 def _stretch(values: Tensor, grid: InputGrid) -> float:
