@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wnq.quantizer import compute_dtype
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -51,7 +53,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, bf16
                 continue
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
                 logits = model(images)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = logits.to(compute_dtype(logits))
             correct = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([correct.double(), loss.double()])

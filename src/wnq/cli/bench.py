@@ -11,7 +11,7 @@ from wnq.cli.bench_train import train
 from wnq.cli.command import Json, command
 from wnq.cli.options import DataName, DataOption, InChannels, ModelName, ModelOption, NumClasses, build, data_options
 from wnq.cli.screen import Screen
-from wnq.cli.shapes import numbers_in, shape_of
+from wnq.cli.shapes import numbers_in, shape_of, widths_of
 from wnq.cli.targets import Target, open_target
 from wnq.cli.training import data_section, read_images
 
@@ -122,9 +122,7 @@ def _by_name(network: "nn.Module", bits: str, shape: list[int]) -> "tuple[nn.Mod
     from wnq.methods import get_method
     from wnq.plan import make_plan
 
-    widths = numbers_in(bits, "/", "--bits")
-    if len(widths) != 2:
-        raise ValueError(f"--bits must be W/A, such as 4/4, got {bits!r}.")
+    widths = widths_of(bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.randn(32, *shape)
@@ -136,7 +134,7 @@ def _by_name(network: "nn.Module", bits: str, shape: list[int]) -> "tuple[nn.Mod
         network(x)
     network.eval()
     quantized = copy.deepcopy(network)
-    quantize_(quantized, make_plan(quantized, get_method("wnq", w_bits=widths[0], a_bits=widths[1])))
+    quantize_(quantized, make_plan(quantized, get_method("wnq", **widths)))
     with torch.no_grad():
         calibrate_(quantized, x)
     return quantized.eval(), x

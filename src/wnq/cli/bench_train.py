@@ -9,7 +9,7 @@ import typer
 from wnq.cli.command import Json, existing
 from wnq.cli.options import set_keys
 from wnq.cli.screen import Screen
-from wnq.cli.shapes import numbers_in, shape_of
+from wnq.cli.shapes import shape_of, widths_of
 from wnq.cli.training import read_images
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def _work(
     if tables.get("quantize") is not None and bits is not None:
         raise ValueError(f"--bits {bits}: {target} says itself how it quantizes; use --set quantize.options.w_bits=…")
     if tables.get("quantize") is None:
-        widths = numbers_in(bits or "3/3", "/", "--bits")
-        if len(widths) != 2:
-            raise ValueError(f"--bits must be W/A, such as 4/4, got {bits!r}.")
-        tables["quantize"] = {"method": "wnq", "options": {"w_bits": widths[0], "a_bits": widths[1]}}
+        tables["quantize"] = {"method": "wnq", "options": widths_of(bits or "3/3")}
     set_keys(tables, assign)
     recipe = recipe_from(tables, where=target if of_file else "--set")
     if of_file:

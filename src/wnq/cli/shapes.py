@@ -1,4 +1,4 @@
-"""Shapes of the images that networks given by name are measured with."""
+"""What networks given by name are measured with: shapes of images, widths."""
 
 IMAGENET = ("alexnet_bn", "mobilenet_v1", "mobilenet_v2", "resnet18", "resnet34", "resnet50")
 SHAPES = {"digits_cnn": "1x8x8", "digits_mlp": "1x8x8", **dict.fromkeys(IMAGENET, "3x224x224")}
@@ -16,6 +16,18 @@ def shape_of(target: str, size: str | None) -> list[int]:
     if len(shape) != 3:
         raise ValueError(f"--size must be channels x height x width, such as 3x224x224, got {size!r}.")
     return shape
+
+
+def widths_of(bits: str) -> dict[str, int]:
+    """Return the options ``w_bits`` and ``a_bits`` that ``--bits`` says.
+
+    Raises:
+        ValueError: it is not of the form W/A.
+    """
+    widths = numbers_in(bits, "/", "--bits")
+    if len(widths) != 2:
+        raise ValueError(f"--bits must be W/A, such as 4/4, got {bits!r}.")
+    return {"w_bits": widths[0], "a_bits": widths[1]}
 
 
 def numbers_in(text: str, separator: str, option: str) -> list[int]:

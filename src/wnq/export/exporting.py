@@ -79,8 +79,8 @@ def export_model(
     sample = [tuple(x[:CALIBRATION_IMAGES] for x in (calibration or inputs))]
     moved = clear_ties_(conversion.model, sample)
     step(1)
-    sample = sample if residual_bits == 8 else []
-    written = dialect.writer()(conversion, first, out, Options(flavour, sample, vnni))
+    options = Options(flavour, sample if residual_bits == 8 else [], vnni)
+    written = dialect.writer()(conversion, first, out, options)
     step(2)
     level = accuracy_level
     if level is None:

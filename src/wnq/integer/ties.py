@@ -39,8 +39,11 @@ def clear_ties_(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> dict
     Returns:
         The layers whose step changed, with the relative change.
     """
-    changed: dict[str, float] = {}
-    for name, values in _input_values(model, samples).items():
+    reading, changed = _readers_of_input(model, samples), dict[str, float]()
+    if not reading:
+        return changed
+    values = torch.cat([x.flatten() for batch in samples for x in batch if x.is_floating_point()]).unique()
+    for name in reading if values.numel() <= MOST_VALUES else ():
         layer = model.get_submodule(name)
         assert isinstance(layer, DeployedLayer) and layer.grid is not None
         stretch = _stretch(values, layer.grid)
@@ -52,8 +55,8 @@ def clear_ties_(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> dict
     return changed
 
 
-def _input_values(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Return the different values of each layer with a grid that reads an input of the model, if they are few."""
+def _readers_of_input(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> list[str]:
+    """Return the layers with a grid that read an input of the model."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer) and m.grid is not None}
     reading: set[str] = set()
     storages: set[int] = set()
@@ -74,15 +77,7 @@ def _input_values(model: nn.Module, samples: Sequence[tuple[Tensor, ...]]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    if not reading:
-        return {}
-    values = torch.cat([x.flatten() for batch in samples for x in batch if x.is_floating_point()]).unique()
-    if values.numel() > MOST_VALUES:
-        return {}
-    found: dict[str, Tensor] = {}
-    for name in reading:
-        found[name] = values
-    return found
+    return sorted(reading)
 
 
 def _stretch(values: Tensor, grid: InputGrid) -> float:

@@ -256,6 +256,7 @@ def _peak_alone(path: Path, sending: Any) -> None:
     plain_accelerator()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    # Written by the process that started this one, a moment ago, into a folder that only its user can read.
     model, config, batch, threads = torch.load(path, weights_only=False)
     torch.set_num_threads(threads)
     _steps(model, config, batch)

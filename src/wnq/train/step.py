@@ -1,11 +1,12 @@
 """One step of training: from a batch to moved weights, without waiting for the device."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wnq.procedures import Procedure, looked_ahead
+from wnq.quantizer import compute_dtype
 from wnq.recorder import TailRecorder
 from wnq.train.average import Average
 from wnq.train.config import TrainConfig, schedule
@@ -93,10 +94,11 @@ class TrainStep:
         config = self.config
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             with self.procedure.watching(self.model):
-                logits = at_least_single(network(images))
+                logits = network(images)
+                logits = logits.to(compute_dtype(logits))
             with torch.no_grad():
-                distilled = self.teacher is not None and config.distill_weight
-                twin = at_least_single(self.teacher(images)) if self.teacher is not None and distilled else None
+                twin = None if self.teacher is None or not config.distill_weight else self.teacher(images)
+                twin = None if twin is None else twin.to(compute_dtype(twin))
             loss = training_loss(logits, labels, config, twin)
             return self.procedure.loss(loss, self.model, images, labels), logits
 
@@ -105,8 +107,3 @@ class TrainStep:
         self._stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-
-
-def at_least_single(logits: Any) -> Tensor:
-    """Return logits in float32, or as they are if they are float64."""
-    return logits if logits.dtype == torch.float64 else logits.float()
