@@ -14,6 +14,7 @@ from wnq.data import Dataset, ImageData
 from wnq.speed import TrainArm, measure_training, training_arms
 from wnq.speed import training as training_module
 from wnq.train import TrainConfig
+from wnq.train.step import TrainStep
 
 
 def images(count: int = 32) -> Dataset:
@@ -57,13 +58,13 @@ def test_a_slow_model_is_found_to_be_slow_and_to_be_most_of_the_step() -> None:
 
 def test_time_outside_the_model_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """An optimizer that sleeps twice as long as the model leaves it a third of the step."""
-    update = training_module.TrainStep.update
+    update = TrainStep.update
 
     def slow(self: Any) -> None:
         time.sleep(0.04)
         update(self)
 
-    monkeypatch.setattr(training_module.TrainStep, "update", slow)
+    monkeypatch.setattr(TrainStep, "update", slow)
     found = measure_training(
         [TrainArm("float", Slow(0.02))], images(), TrainConfig(batch_size=16), seconds=0.0, memory=False
     )
@@ -76,8 +77,18 @@ def test_time_outside_the_model_is_not_the_models(monkeypatch: pytest.MonkeyPatc
 def test_memory_is_that_of_the_steps_alone() -> None:
     batch = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     config = TrainConfig(batch_size=4)
-    peak = training_module._peak(Slow(0.0, mib=150), config, batch, torch.device("cpu"))
+    peak = training_module.peak(Slow(0.0, mib=150), config, batch, torch.device("cpu"))
     assert peak is not None and 150 <= peak < 250, "what torch itself takes at its first step is some tens of MiB"
+
+
+def test_steps_that_the_device_takes_alone_are_measured_part_by_part() -> None:
+    """On the CPU nothing is captured, but what would be is what runs."""
+    arms = training_arms(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Slow(0.01), captured=True)[2:]
+    found = measure_training(arms, images(), TrainConfig(batch_size=16), seconds=0.0, memory=False)
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert list(rows) == ["float, graph", "quantized, graph"]
+    assert rows["quantized, graph"]["base"] == "float, graph" and rows["quantized, graph"]["times_float"] > 1
+    assert rows["quantized, graph"]["parts_ms"]["model"] >= 10 > rows["quantized, graph"]["parts_ms"]["optimizer"]
 
 
 def test_compiled_arms_are_compared_with_the_compiled_float_one() -> None:

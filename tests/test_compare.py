@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -683,6 +684,38 @@ def test_workers_come_to_the_same_and_one_that_dies_costs_its_cell_only(tmp_path
     assert children(os.getpid()) == []
     alone = compare(comparison, tmp_path / "one", data=data)
     assert [row["accuracies"] for row in results["table"]] == [row["accuracies"] for row in alone["table"]]
+
+
+def test_streams_come_to_the_same(tmp_path: Path, data: Dataset) -> None:
+    comparison = make("wnq", "minmax", recipe=make_recipe(epochs=3))
+    results = compare(comparison, tmp_path / "three", streams=3, data=data)
+    assert set(states(results).values()) == {"done"}
+    alone = compare(comparison, tmp_path / "one", data=data)
+    assert [row["accuracies"] for row in results["table"]] == [row["accuracies"] for row in alone["table"]]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cell")]
+
+
+def test_processes_and_streams_exclude_each_other(tmp_path: Path, data: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"2 workers and 3 streams: .* not both"):
+        compare(make("wnq"), tmp_path / "c", workers=2, streams=3, data=data)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_streams_stop_on_ctrl_c_with_their_state_saved(tmp_path: Path) -> None:
+    process = start(tmp_path, "--streams", "2", "--seeds", "1", "--set", "train.epochs=100000", "--epochs-float", "1")
+    try:
+        wait_for((tmp_path / "c" / "wnq-w2a2-s0" / "metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "--streams 2" in err.strip().splitlines()[-1]
+    assert (tmp_path / "c" / "wnq-w2a2-s0" / "checkpoint.pt").exists()
+    assert (tmp_path / "c" / "minmax-w2a2-s0" / "checkpoint.pt").exists()
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_every_augmented_image_is_a_crop_of_its_padded_original(pad_mode: str, p
 def test_crops_and_flips_are_uniform():
     data = make_split(20_000, size=3)
     batches = make_batches(data, 100, augment=Augment(1, flip=True), shuffle=True, seed=1)
-    drawn = batches._draw(0)
+    drawn = batches.draw(0)
     for draws, values in ((drawn.down, (-1, 0, 1)), (drawn.right, (-1, 0, 1)), (drawn.flip, (0, 1))):
         shares = torch.stack([(draws == value).float().mean() for value in values])
         # Standard error 0.0035: five of them.

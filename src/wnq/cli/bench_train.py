@@ -1,6 +1,7 @@
 """``wnq bench train``."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from wnq.data import Dataset
     from wnq.recipe import Recipe
 
+RANDOM_BYTES = 2**26
+"""Of random images: many batches, so that the beginning of an epoch weighs as little as it does in training."""
+
 
 def train(
     screen: Screen,
@@ -29,6 +33,9 @@ def train(
         ),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure both networks compiled, too.")] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Measure the networks with every step as one CUDA graph, too.")
+    ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, help="For all networks together.")] = 20.0,
     memory: Annotated[bool, typer.Option(help="Measure memory, too.")] = True,
     size: Annotated[
@@ -60,6 +67,8 @@ def train(
     from wnq.recipe import plan_of, resolve
     from wnq.speed import measure_training, training_arms
 
+    if graph and not torch.cuda.is_available():
+        raise ValueError("--graph: CUDA graphs need a CUDA device, and PyTorch sees none here.")
     if threads is not None:
         torch.set_num_threads(threads)
     recipe, data = _work(screen, target, bits, size, num_classes, assign)
@@ -73,9 +82,15 @@ def train(
     screen.work()
     with screen.bar("making ready") as on_arm, screen.bar("measuring") as on_second:
         found = measure_training(
-            training_arms(network, quantized, compiled=compiled), data, recipe.train, seconds=seconds, memory=memory,
-            seed=screen.seed or 0, on_arm=on_arm, on_second=lambda a, b: on_second(round(10 * a), round(10 * b)),
-        )  # fmt: skip
+            training_arms(network, quantized, compiled=compiled, captured=graph),
+            data,
+            recipe.train,
+            seconds=seconds,
+            memory=memory,
+            seed=screen.seed or 0,
+            on_arm=on_arm,
+            on_second=lambda a, b: on_second(round(10 * a), round(10 * b)),
+        )
     shape = list(data.train.shape)
     quantization = {"method": recipe.quantize.method, "options": recipe.quantize.options}
     found = {"target": target, "input": shape, "quantize": quantization, **found}
@@ -112,7 +127,9 @@ def _work(
     if of_file:
         with screen.bar("reading images") as on_image:
             return recipe, read_images(recipe.data, on_image)
-    return recipe, _random_images(shape_of(target, size), 4 * recipe.train.batch_size, num_classes)
+    shape, batch = shape_of(target, size), recipe.train.batch_size
+    batches = min(64, max(4, RANDOM_BYTES // (batch * math.prod(shape))))
+    return recipe, _random_images(shape, batches * batch, num_classes)
 
 
 def _random_images(shape: list[int], count: int, classes: int) -> "Dataset":

@@ -60,6 +60,9 @@ def compare(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe. Can be repeated."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each a process of its own.")] = 1,
+    streams: Annotated[
+        int, typer.Option(min=1, help="Runs side by side on one GPU, each a CUDA stream of this process.")
+    ] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Of the processor, for each run.")] = 1,
     normalize: Annotated[
         str | None,
@@ -115,7 +118,7 @@ def compare(
     screen.work()
     try:
         with Board(screen).shown() as watch:
-            results = run(asked, out, workers=workers, threads=threads, data=data, watch=watch)
+            results = run(asked, out, workers=workers, streams=streams, threads=threads, data=data, watch=watch)
     except Interrupted:
         own = {
             "--methods": methods,
@@ -127,6 +130,7 @@ def compare(
             "--float-recipe": float_recipe,
             "--epochs-float": epochs_float,
             "--workers": None if workers == 1 else workers,
+            "--streams": None if streams == 1 else streams,
             "--threads": None if threads == 1 else threads,
             "--seed": screen.seed,
         }

@@ -1,7 +1,8 @@
 """A comparison: every method at every width, from the same float starts, under the same recipe, over seeds.
 
-``definition`` says what is compared, ``cells`` what has to be run for it, ``jobs`` and ``workers`` run it here or in other
-processes, ``running`` is the whole, ``intervals`` and ``outcome`` say what came of it, ``writing`` and ``chart`` show it.
+``definition`` says what is compared, ``cells`` what has to be run for it, ``schedule`` when; ``jobs`` runs a cell here,
+``workers`` and ``side_by_side`` several at once, ``running`` is the whole, ``intervals`` and ``outcome`` say what came of it,
+``writing`` and ``chart`` show it.
 """
 
 from wnq.compare.cells import ANCHOR, Cell, CellState, cells_of

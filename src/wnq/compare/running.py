@@ -5,30 +5,25 @@ import dataclasses
 import json
 import logging
 import os
-import queue
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wnq.compare.cells import ANCHOR, Cell, CellState, cells_of, job_of, outcome_of, recipe_of
+from wnq.compare.cells import cells_of, recipe_of
 from wnq.compare.definition import Comparison, comparison_from, merged
-from wnq.compare.jobs import Images, Job, Outcome, fail, part_of, run_job
-from wnq.compare.workers import Worker, progress_from
-from wnq.compare.writing import Writer
+from wnq.compare.jobs import Images, part_of, run_job
+from wnq.compare.schedule import Schedule, Watch
+from wnq.compare.side_by_side import run_side_by_side
+from wnq.compare.workers import StreamWorker, Worker
 from wnq.data import Dataset
 from wnq.files import write_text
 from wnq.models import build_model
 from wnq.recipe import data_of, plan_of, resolve
-from wnq.train import Interrupted, Progress
+from wnq.train import Interrupted
 
 logger = logging.getLogger(__name__)
-
-GRACE_SECONDS = 60.0
-"""What a worker has to end its step and to write its checkpoint."""
-
-Watch = Callable[[CellState], None]
 
 
 def compare(
@@ -36,6 +31,7 @@ def compare(
     out: str | Path,
     *,
     workers: int = 1,
+    streams: int = 1,
     threads: int = 1,
     data: Dataset | None = None,
     watch: Watch | None = None,
@@ -51,6 +47,8 @@ def compare(
             cells of the older ones stay in the results.
         out: the folder, made if missing.
         workers: processes that run cells side by side; 1 runs them in this process, one after the other.
+        streams: threads of this process that run cells side by side, each on a CUDA stream of its own: with ``cuda_graph`` in the
+            recipe, small networks fill a GPU. Methods that draw random numbers while they train share one generator then.
         threads: of the processor for each of them.
         data: the images, if they are loaded already.
         watch: called with every cell's state at the beginning and whenever it changes, in this thread.
@@ -65,17 +63,24 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison starts its own processes: run it without a launcher, with workers.")
+    if workers > 1 and streams > 1:
+        raise ValueError(
+            f"{workers} workers and {streams} streams: cells run side by side in processes or on streams, not both."
+        )
     out = Path(out)
     data = data or data_of(comparison.recipe.data)
     check(comparison, data)
     with _alone(out):
         whole = _remembered(comparison, out)
-        schedule = _Schedule(comparison, whole, out, watch or (lambda _: None), data)
+        schedule = Schedule(comparison, whole, out, watch or (lambda _: None), data)
         try:
-            if workers == 1:
-                _run_here(schedule, data, threads)
+            if workers > 1:
+                run_side_by_side(schedule, workers, lambda number, events: Worker(number, threads, out, events))
+            elif streams > 1:
+                images = Images(data)
+                run_side_by_side(schedule, streams, lambda number, events: StreamWorker(number, images, events))
             else:
-                _run_in_workers(schedule, workers, threads)
+                _run_here(schedule, data, threads)
         except KeyboardInterrupt:
             raise Interrupted from None
         finally:
@@ -162,70 +167,7 @@ def _alone(out: Path) -> Generator[None]:
         yield
 
 
-class _Schedule:
-    """Which cells are to be run, in what order, and what has become of them."""
-
-    def __init__(self, asked: Comparison, whole: Comparison, out: Path, watch: Watch, data: Dataset) -> None:
-        self.whole, self.out, self.watch = whole, out, watch
-        self.writer = Writer(out, data)
-        self.outcomes: dict[str, Outcome] = {}
-        self.waiting: list[Cell] = []
-        widths = {(c.label, c.width(width)) for c in asked.contenders for width in asked.widths}
-        cells = cells_of(whole)
-        self.cells = {cell.name: cell for cell in cells}
-        wanted = [c for c in cells if c.kind == "method" and c.seed in asked.seeds and (c.label, c.width) in widths]
-        names = {cell.name for cell in wanted}
-        for cell in reversed(cells):  # what a cell needs stands before it
-            if cell.name in names:
-                names.update(cell.needs)
-        for cell in cells:
-            outcome = outcome_of(cell, out)
-            if cell.name not in names:
-                continue
-            if outcome.final:
-                self.outcomes[cell.name] = outcome
-                watch(CellState(cell, outcome.state, outcome))
-            else:
-                self.outcomes[cell.name] = Outcome("not run")
-                self.waiting.append(cell)
-                watch(CellState(cell, "waiting"))
-        self.writer.write(whole)
-
-    def ready(self) -> Iterator[tuple[Cell, Job]]:
-        """Yield the cells that can be run now, each once; one that cannot be run at all is done with."""
-        for cell in list(self.waiting):
-            if any(self.outcomes[need].state == "not run" for need in cell.needs):
-                continue
-            self.waiting.remove(cell)
-            try:
-                self._require(cell)
-                job = job_of(cell, self.whole, self.out, self.outcomes)
-            except ValueError as error:
-                fail(self.out / cell.name, "failed", str(error))
-                self.end(cell)
-                continue
-            self.watch(CellState(cell, "running"))
-            yield cell, job
-
-    def _require(self, cell: Cell) -> None:
-        for need in cell.needs:
-            outcome = self.outcomes[need]
-            # A value of the sweep that diverges has lost; a start that does leaves nothing to start from.
-            if not outcome.final or (self.cells[need].label == ANCHOR and outcome.state != "done"):
-                raise ValueError(f"it needs {need}, which {outcome.state}: {outcome.reason}")
-
-    def step(self, cell: Cell, progress: Progress) -> None:
-        """Note how the training of a cell goes."""
-        self.watch(CellState(cell, "running", progress=progress))
-
-    def end(self, cell: Cell) -> None:
-        """Note that a cell is done with, and write the results."""
-        outcome = self.outcomes[cell.name] = outcome_of(cell, self.out)
-        self.watch(CellState(cell, outcome.state, outcome))
-        self.writer.write(self.whole)
-
-
-def _run_here(schedule: _Schedule, data: Dataset, threads: int) -> None:
+def _run_here(schedule: Schedule, data: Dataset, threads: int) -> None:
     images, before = Images(data), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -235,55 +177,6 @@ def _run_here(schedule: _Schedule, data: Dataset, threads: int) -> None:
                 schedule.end(cell)
     finally:
         torch.set_num_threads(before)
-
-
-def _run_in_workers(schedule: _Schedule, count: int, threads: int) -> None:
-    events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]] = queue.SimpleQueue()
-    idle = list(range(count))
-    spare: list[Worker] = []
-    busy: dict[Worker, Cell] = {}
-    try:
-        while schedule.waiting or busy:
-            free = len(idle) + len(spare)
-            for cell, job in schedule.ready() if free else ():
-                worker = spare.pop() if spare else Worker(idle.pop(0), threads, schedule.out, events)
-                busy[worker] = cell
-                worker.start(job)
-                free -= 1
-                if not free:
-                    break
-            if busy:
-                worker, event = events.get()
-                cell = busy.get(worker)
-                if event["event"] == "step" and cell is not None:
-                    schedule.step(cell, progress_from(event["progress"]))
-                elif event["event"] == "end" and cell is not None:
-                    del busy[worker]
-                    spare.append(worker)
-                    schedule.end(cell)
-                elif event["event"] == "broken":
-                    raise OSError(event["reason"])
-                elif event["event"] == "gone":
-                    spare = [other for other in spare if other is not worker]
-                    idle.append(worker.number)
-                    if cell is not None:
-                        del busy[worker]
-                        fail(schedule.out / cell.name, "failed", worker.why_gone(event["code"]))
-                        schedule.end(cell)
-    finally:
-        _stop([*busy, *spare])
-
-
-def _stop(workers: list[Worker]) -> None:
-    """Let the workers write their checkpoints; a second Ctrl-C ends them at once."""
-    for worker in workers:
-        worker.interrupt()
-    try:
-        for worker in workers:
-            worker.end(GRACE_SECONDS)
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.end(0)
 
 
 _CONTENTS = """\

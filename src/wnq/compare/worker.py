@@ -16,10 +16,8 @@ from typing import Any, TextIO
 import torch
 
 from wnq.compare.jobs import Images, job_from, run_job
+from wnq.compare.workers import REPORT_SECONDS
 from wnq.train import Interrupted, Progress
-
-REPORT_SECONDS = 0.2
-"""Between two reports of progress at least."""
 
 
 def main() -> None:

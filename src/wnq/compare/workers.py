@@ -1,5 +1,6 @@
-"""The processes that a comparison's cells run in."""
+"""What a comparison's cells run in side by side: processes, or threads of this one, each with a CUDA stream of its own."""
 
+import contextlib
 import json
 import os
 import queue
@@ -7,12 +8,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from wnq.compare.jobs import Job
+import torch
+
+from wnq.compare.jobs import Images, Job, run_job
 from wnq.metrics import Metrics
-from wnq.train import Progress
+from wnq.train import Interrupted, Progress
+from wnq.train.interrupt import tell_threads
+
+REPORT_SECONDS = 0.2
+"""Between two reports of progress at least."""
+
+
+Events = queue.SimpleQueue[tuple["Worker | StreamWorker", dict[str, Any]]]
 
 
 class Worker:
@@ -25,9 +36,7 @@ class Worker:
         events: takes ``(worker, event)``; the last event is ``{"event": "gone", "code": exit code}``.
     """
 
-    def __init__(
-        self, number: int, threads: int, folder: Path, events: "queue.SimpleQueue[tuple[Worker, dict[str, Any]]]"
-    ) -> None:
+    def __init__(self, number: int, threads: int, folder: Path, events: Events) -> None:
         self.number = number
         self.job: Job | None = None
         self.log = folder / f"worker-{number}.log"
@@ -80,8 +89,66 @@ class Worker:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._events.put((self, json.loads(line)))
+            event = json.loads(line)
+            if event["event"] == "step":
+                event["progress"] = progress_from(event["progress"])
+            self._events.put((self, event))
         self._events.put((self, {"event": "gone", "code": self.process.wait()}))
+
+
+class StreamWorker:
+    """One thread of this process, which runs one job at a time on a CUDA stream of its own, if there is CUDA.
+
+    Small networks leave most of a GPU idle; on several streams their kernels run at the same time.
+
+    Args:
+        number: which one.
+        images: of the comparison, shared by all.
+        events: takes ``(worker, event)``, as of :class:`Worker`.
+    """
+
+    def __init__(self, number: int, images: Images, events: Events) -> None:
+        self.number, self.images, self._events = number, images, events
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._reported = 0.0
+        self._thread = threading.Thread(target=self._work, name=f"cell {number}", daemon=True)
+        self._thread.start()
+
+    def start(self, job: Job) -> None:
+        """Begin a job; how it goes arrives as events."""
+        self._jobs.put(job)
+
+    def interrupt(self) -> None:
+        """Let it write a checkpoint and end."""
+        tell_threads(stop=True)
+        self._jobs.put(None)
+
+    def end(self, seconds: float) -> None:
+        """Wait until it has ended, but no longer than this."""
+        self._thread.join(seconds)
+
+    def why_gone(self, code: int) -> str:
+        """Return a sentence on an unexpected end."""
+        return f"its thread ended unexpectedly ({code})"
+
+    def _work(self) -> None:
+        stream = torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+        with stream:
+            while (job := self._jobs.get()) is not None:
+                try:
+                    run_job(job, self.images, self._report)
+                except Interrupted:
+                    return
+                except OSError as error:
+                    self._events.put((self, {"event": "broken", "reason": str(error)}))
+                else:
+                    self._events.put((self, {"event": "end"}))
+
+    def _report(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.val is not None or now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._events.put((self, {"event": "step", "progress": progress}))
 
 
 def progress_from(content: dict[str, Any]) -> Progress:

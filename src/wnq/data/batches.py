@@ -42,8 +42,15 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """The random draws of one epoch, one entry per position in the order of the epoch, on the device of the images."""
+class Draws:
+    """The random draws of one epoch, one entry per position in the order of the epoch, on the device of the images.
+
+    Attributes:
+        order: which image, int64.
+        down: rows that it moves up by, int64; the rows below come into view.
+        right: columns that it moves left by, int64.
+        flip: whether it is mirrored.
+    """
 
     order: Tensor
     down: Tensor
@@ -138,18 +145,27 @@ class Batches:
             ValueError: ``start_step`` is out of range.
         """
         self._steps.check_start(start_step)
-        return self._iterate(self._draw(epoch), start_step)
+        return self._iterate(self.draw(epoch), start_step)
 
-    def _iterate(self, drawn: _Epoch, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iterate(self, drawn: Draws, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start_step, self.steps_per_epoch):
-            mine = self._steps.share(step)
-            chosen = drawn.order[mine]
-            images = self._images.index_select(0, chosen)
-            if self.augment is not None:
-                images = self._crop_and_flip(images, drawn.down[mine], drawn.right[mine], drawn.flip[mine])
-            yield self._normalize(images), self._labels.index_select(0, chosen)
+            yield self.pick(drawn, self._steps.share(step))
 
-    def _draw(self, epoch: int) -> _Epoch:
+    def pick(self, drawn: Draws, mine: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and labels at some positions of an epoch's order; nothing here waits for the device.
+
+        Args:
+            drawn: of the epoch.
+            mine: the positions, as int64 indices where only the device knows them.
+        """
+        chosen = drawn.order[mine]
+        images = self._images.index_select(0, chosen)
+        if self.augment is not None:
+            images = self._crop_and_flip(images, drawn.down[mine], drawn.right[mine], drawn.flip[mine])
+        return self._normalize(images), self._labels.index_select(0, chosen)
+
+    def draw(self, epoch: int) -> Draws:
+        """Return the random draws of an epoch."""
         generator = epoch_generator(self.seed, epoch)
         augment = self.augment or Augment()
         count = len(self)
@@ -157,7 +173,7 @@ class Batches:
         shift = torch.randint(-augment.crop_padding, augment.crop_padding + 1, (2, count), generator=generator)
         mirrored = torch.rand(count, generator=generator) < 0.5
         flip = mirrored if augment.flip else torch.zeros_like(mirrored)
-        return _Epoch(*(draw.to(self.device) for draw in (order, shift[0], shift[1], flip)))
+        return Draws(*(draw.to(self.device) for draw in (order, shift[0], shift[1], flip)))
 
     def _crop_and_flip(self, images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
         """Gather every output pixel from where it comes from: pad, crop and flip in one pass over uint8."""

@@ -8,6 +8,7 @@ before are runs in its subfolders ``stage1``, ``stage2``, and so on.
 import dataclasses
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_building = threading.Lock()
+"""First weights come from the process's generator: threads build one after the other."""
 
 MAY_CHANGE = {("data", "folder"), ("data", "workers")}
 """What a resumed run may have other than before: the images stay the same."""
@@ -57,6 +61,11 @@ def build(recipe: Recipe, start: Path | None = None) -> tuple[nn.Module, nn.Modu
     Raises:
         ValueError: anything in the recipe that does not fit the model or the data.
     """
+    with _building:
+        return _built(recipe, start)
+
+
+def _built(recipe: Recipe, start: Path | None) -> tuple[nn.Module, nn.Module | None]:
     model = _float_model(recipe)
     if start is not None:
         load_float_weights_(model, start)

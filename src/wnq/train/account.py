@@ -51,6 +51,7 @@ class Account:
         """Steps from one reading to the next."""
         self.exact = torch.float32 if device.type == "mps" else torch.float64  # the former has no doubles
         self._losses = torch.zeros(LONGEST, dtype=self.exact, device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._seen: list[int] = []
         self._since = time.perf_counter()
@@ -70,17 +71,26 @@ class Account:
         self._since = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Note a step.
+    def note(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Note what a step came to: the part that is the device's. :meth:`count` is the host's.
 
         Args:
             loss: mean over this process's images, a scalar.
             logits: ``(B, classes)``.
             labels: int64, ``(B,)``.
         """
-        self._losses[self.pending].copy_(loss)
+        self._losses.index_copy_(0, self._next, loss.to(self.exact).reshape(1))
+        self._next += 1
         self._correct += (logits.argmax(1) == labels).sum()
-        self._seen.append(len(labels))
+
+    def count(self, images: int) -> None:
+        """Count a step of so many images, which was noted."""
+        self._seen.append(images)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Note a step and count it."""
+        self.note(loss, logits, labels)
+        self.count(len(labels))
 
     @torch.no_grad()
     def read(self, *, stop: bool = False, spoilt: Tensor | None = None) -> Reading:
@@ -107,6 +117,7 @@ class Account:
             images = int(sum(values[count:]))
         self._seen.clear()
         self._correct.zero_()
+        self._next.zero_()
         self.stride = min(LONGEST, max(1, round(count * READ_SECONDS / max(seconds, 1e-9))))
         self._since = time.perf_counter()
         return Reading(means, int(right), images, stops > 0, wrong > 0)

@@ -52,6 +52,8 @@ class TrainConfig:
     """Memory format of images and weights; faster for most convolutions."""
     compile: bool = False
     """Compile the model with ``torch.compile(fullgraph=True)``."""
+    cuda_graph: bool = False
+    """Replay every step as one CUDA graph, which frees it from the host's pace; on other devices it changes nothing."""
     compact_activations: bool = False
     """Keep quantized inputs as codes for the backward pass: less memory, the same gradients bit for bit; eager only."""
     eval_every: int = 1
@@ -79,6 +81,11 @@ class TrainConfig:
             raise ValueError(
                 "compact_activations works in eager mode, and a compiled step decides by itself what to keep: "
                 "set compile = false or compact_activations = false."
+            )
+        if self.cuda_graph and self.record_every:
+            raise ValueError(
+                "record_every looks into steps that the host takes, and with cuda_graph the device takes them alone: set "
+                "record_every = 0 or cuda_graph = false."
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}.")

@@ -30,6 +30,7 @@ from wnq.train.processes import all_of, check_engine, plain_accelerator, share_b
 from wnq.train.progress import Pace, Progress, TrainResult
 from wnq.train.step import TrainStep
 from wnq.train.tails import make_recorder
+from wnq.train.walk import walk_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,6 +165,10 @@ class _Run:
             procedure=self.procedure, teacher=self.teacher, average=self.average, recorder=self.recorder,
         )  # fmt: skip
         self.account = Account(device, self.processes, accelerator.process_index)
+        self.walk = walk_of(
+            self.step, self.train, self.account,
+            config=config, procedure=procedure, device=device, processes=self.processes,
+        )  # fmt: skip
 
     def go(self, resume: bool) -> TrainResult:
         found = self.kept.resume() if resume else None
@@ -212,8 +217,7 @@ class _Run:
         begin = time.perf_counter()
         done_before, resumed_at = state.seconds, state.step
         self.account.begin()
-        for images, labels in self.train.epoch(state.epoch, start_step=state.step):
-            self.account.add(*self.step.take(images, labels, self._steps_done), labels)
+        for _ in self.walk.steps(state.epoch, state.step):
             state.step += 1
             stop = interrupted()
             saving = bool(config.checkpoint_steps) and state.step % config.checkpoint_steps == 0

@@ -19,6 +19,7 @@ def make_optimizer(model: nn.Module, procedure: Procedure, config: TrainConfig) 
     )
     if own := [p for p in procedure.parameters() if p.requires_grad]:
         groups.append({"params": own, "lr": config.lr, "weight_decay": config.weight_decay})
+    fused = True if all(p.is_cuda for p in model.parameters()) else None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)

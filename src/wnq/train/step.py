@@ -73,11 +73,15 @@ class TrainStep:
         self.procedure.after_step_(self.model, done + 1)
         return loss, logits
 
-    def set_rate(self, done: int) -> None:
-        """Set the learning rate of the step after ``done`` steps."""
+    def rates(self, done: int) -> list[float]:
+        """Return the learning rate of every group of parameters at the step after ``done`` steps."""
         rate = schedule(done, self.steps_per_epoch, self.config)
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * rate
+        return [peak * rate for peak in self._peaks]
+
+    def set_rate(self, done: int) -> None:
+        """Set the learning rates of the step after ``done`` steps."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates(done), strict=True):
+            group["lr"] = rate
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the gradient of a batch in the parameters; return loss and logits, without gradient."""
