@@ -9,7 +9,7 @@ SOURCE = Path(wnq.__file__).parent
 
 # Each room may import those before it; rooms of one rank do not know each other.
 RANKS = [
-    {"ste", "files", "layers", "environment", "names", "allocator"},
+    {"ste", "files", "layers", "environment", "names", "allocator", "kernels"},
     {"quantizer", "registered", "drawing", "readers"},
     {"normalizers", "starting", "packing", "bases", "theory"},
     {"learned_step", "max_rounding"},

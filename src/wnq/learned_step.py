@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wnq import kernels
 from wnq.quantizer import Quantized, check_bits, compute_dtype
 from wnq.starting import StartsFromData, across_processes
 
@@ -54,16 +55,39 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+def _fused(x: Tensor, step: Tensor, low: Bound, high: Bound, ewgs: float) -> bool:
+    """Whether the kernels can do it: not with bounds that only the device knows."""
+    if ewgs or not kernels.usable(x):
+        return False
+    known = isinstance(low, float) and isinstance(high, float)
+    return known and step.dtype == torch.float32 and step.numel() == 1 and step.device == x.device
+
+
 class RoundToStep(torch.autograd.Function):
     r"""``step * round(clamp(x / step, low, high))`` with LSQ's gradients, in few passes over memory.
 
     With v = x/step, the gradient of the step is :math:`\sum g (\bar v - v)` inside the bounds and :math:`\sum g\,\bar v`
     outside. Since the output is :math:`y = \bar v\,step` and the input's gradient is :math:`d = g` inside and 0 outside,
     it equals :math:`(\langle g, y\rangle - \langle d, x\rangle) / step`: two inner products, nothing else saved.
+
+    On CUDA one kernel does either pass. There alone ``factor`` may be given, of a step of any sign: :func:`positive` is part
+    of the kernels then.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, ewgs: float = 0.0) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, ewgs: float = 0.0, factor: float | None = None
+    ) -> Tensor:
+        ctx.bounds, ctx.ewgs = (low, high), ewgs
+        ctx.fused = factor is not None or _fused(x, step, low, high, ewgs)
+        if ctx.fused:
+            from wnq.kernels import rounding as kernel
+
+            smallest = 0.0 if factor is None else SMALLEST_STEP
+            y, step, ctx.slope = kernel.forward(x, step, low, high, factor, smallest)  # pyright: ignore[reportArgumentType]
+            # The place between is that of the rounded values, where ``wnq.compact`` learns that they are no longer needed.
+            ctx.save_for_backward(x, step, step)
+            return y
         exact = x.to(compute_dtype(x))
         if isinstance(low, Tensor) or isinstance(high, Tensor) or torch.compiler.is_compiling():
             value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -72,13 +96,13 @@ class RoundToStep(torch.autograd.Function):
             value = scaled.clamp_(low, high).round_().mul_(step).to(x.dtype)
         bounds = (low, high) if isinstance(low, Tensor) else ()
         ctx.save_for_backward(x, value, step, *bounds)
-        ctx.bounds = (low, high)
-        ctx.ewgs = ewgs
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, value, step, *bounds = ctx.saved_tensors
+        if ctx.fused:
+            return *_fused_backward(ctx, grad, x, step), None, None, None, None
         low, high = bounds or ctx.bounds
         # Half-precision input stays so here: only elements within a rounding error of a bound can change sides.
         scaled = x / step.to(x.dtype)
@@ -93,7 +117,16 @@ class RoundToStep(torch.autograd.Function):
         if ctx.ewgs:
             # Of the input only: the step keeps LSQ's gradient, which the rescaling would bias.
             grad_x = grad_x + grad_x.abs() * ((x - value) / (step * (high - low)) * ctx.ewgs).to(grad_x.dtype)
-        return grad_x, grad_step, None, None, None
+        return grad_x, grad_step, None, None, None, None
+
+
+def _fused_backward(ctx: Any, grad: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
+    from wnq.kernels import rounding as kernel
+
+    if torch.is_grad_enabled():
+        raise RuntimeError("rounding to a step has no second derivative; take the first without create_graph=True.")
+    of_step = ctx.needs_input_grad[1]
+    return kernel.backward(kernels.ordered_as(grad, x), x, step, ctx.slope, *ctx.bounds, of_step=of_step)
 
 
 class LearnedStep(StartsFromData):
@@ -164,8 +197,10 @@ class LearnedStep(StartsFromData):
         low, high = self._bounds()
         peak = 2 ** (self.bits - 1) - 1 if self.is_weight or self.signed else 2**self.bits - 1
         features = x.numel() if self.is_weight else math.prod(x.shape[1:])
-        step = positive(self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5)
-        return RoundToStep.apply(x, step, low, high, self.ewgs)  # pyright: ignore[reportReturnType]
+        step, factor = self.step.to(compute_dtype(x)), (max(1, features) * max(1, peak)) ** -0.5
+        if _fused(x, step, low, high, self.ewgs):
+            return RoundToStep.apply(x, step, low, high, 0.0, factor)  # pyright: ignore[reportReturnType]
+        return RoundToStep.apply(x, positive(step, factor), low, high, self.ewgs)  # pyright: ignore[reportReturnType]
 
     def encode(self, x: Tensor) -> Quantized:
         """Return codes, integer levels from -Qn to Qp, and the step."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wnq import kernels
 from wnq.quantizer import Uniform
 
 
@@ -24,17 +25,33 @@ class MaxRounding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, grid: Uniform, dims: list[int], gain: float) -> Tensor:
+        ctx.dims, ctx.gain = dims, gain
+        ctx.fused = len(dims) == w.ndim and kernels.usable(w)
+        if ctx.fused:
+            from wnq.kernels import maximum as kernel
+
+            y, largest = kernel.forward(w, grid.divisor, grid.grid if grid.bits > 1 else "sign")
+            ctx.save_for_backward(w, y, largest)
+            return y
         maximum = w.abs().amax(dims, keepdim=True)
         alive = maximum.sign()
         divisor = maximum + (1 - alive)
         y = grid.rounded(w / divisor).mul_(maximum / grid.divisor)
         ctx.save_for_backward(w, y, alive, divisor)
-        ctx.dims, ctx.gain = dims, gain
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, y, alive, divisor = ctx.saved_tensors
+        if ctx.fused:
+            w, y, largest = ctx.saved_tensors
+            if not torch.is_grad_enabled():
+                from wnq.kernels import maximum as kernel
+
+                return kernel.backward(kernels.ordered_as(grad, w), w, y, largest, ctx.gain), None, None, None
+            alive = largest.sign()
+            divisor = largest + (1 - alive)
+        else:
+            w, y, alive, divisor = ctx.saved_tensors
         direct = grad * alive
         if ctx.gain == 0:
             return direct, None, None, None
