@@ -313,4 +313,6 @@ def test_compact_activations_take_less_memory_and_change_nothing():
     wnq.compact_activations_(compact)
     (expected, most), (losses, less) = losses_and_peak(plain), losses_and_peak(compact)
     assert losses == expected
-    assert less < 0.8 * most  # on the CPU it is 0.46; a convolution's workspace is the same in both
+    assert (
+        less < 0.9 * most
+    )  # on the CPU it is 0.46; on an H100 0.82: the workspaces of convolutions are the same in both

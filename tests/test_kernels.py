@@ -360,14 +360,13 @@ def test_a_graph_captures_a_step():
         y = weight(quantizer(leaf))
         return y, *torch.autograd.grad(y, (leaf, quantizer.step), grad)
 
-    expected = step()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
+    with torch.cuda.stream(side):  # where gradients are accumulated first, they are always
+        expected = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = step()
     graph.replay()
     for a, b in zip(captured, expected, strict=True):

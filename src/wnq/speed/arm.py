@@ -53,8 +53,12 @@ class RunningArm:
             self.train_step, batches, self.account, config=config, procedure=None, device=self.device, processes=1
         )
         self.steps, self.batches = endless(self.walk.steps), endless(batches.epoch)
-        self.fixed = tuple(tensor.clone() for tensor in next(self.batches))
-        self.noted = self.train_step.gradients(*self.fixed)
+        images, labels = next(self.batches)
+        self.fixed = images.clone(), labels.clone()
+        loss, logits = self.train_step.gradients(*self.fixed)
+        self.noted = loss.clone(), logits.clone()
+        self._parameters = [p for p in self.train_step.model.parameters() if p.grad is not None]
+        self._gradients = [p.grad.clone() for p in self._parameters if p.grad is not None]
         self._rates = torch.tensor(self.train_step.rates(0), device=self.device)
         parts = {"model": self._model, "optimizer": self.train_step.update, "accounting": self._note}
         if config.cuda_graph and isinstance(batches, Batches):
@@ -85,9 +89,12 @@ class RunningArm:
         self._read()
 
     def _model(self) -> None:
-        self.noted = self.train_step.gradients(*self.fixed)
+        self.train_step.gradients(*self.fixed)
 
     def _update(self) -> None:
+        # Each graph has its own memory: what another one leaves in the gradients may be gone when this one is replayed.
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         with rates_on_device(self.train_step.optimizer, self._rates):
             self.train_step.update()
 

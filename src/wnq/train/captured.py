@@ -1,5 +1,6 @@
 """Work for a CUDA device that is captured once and then replayed: one launch in place of some hundred."""
 
+import contextlib
 import logging
 import math
 import threading
@@ -12,8 +13,9 @@ logger = logging.getLogger(__name__)
 WARM_UP = 5
 """Calls before the capture: they choose convolution algorithms, compile what is compiled, and allocate what stays."""
 
-_one_at_a_time = threading.Lock()
-"""Runs side by side in one process capture one after the other: a capture empties the allocator's cache, and waits for all."""
+_one_at_a_time = threading.RLock()
+"""Threads warm up and capture one after the other: what waits for the whole device, as the first call of a library may, breaks
+another's capture."""
 
 
 class Captured:
@@ -34,7 +36,7 @@ class Captured:
         self.function, self.device = function, device
         self._left: float = WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream_for(device) if device.type == "cuda" else None
 
     def __call__(self) -> None:
         """Do the work once."""
@@ -52,7 +54,7 @@ class Captured:
     def _as_written(self, stream: torch.cuda.Stream) -> None:
         # On the stream of the capture: gradients accumulate on the stream that they were first accumulated on.
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), _fastest_convolutions():
+        with _one_at_a_time if math.isfinite(self._left) else contextlib.nullcontext(), torch.cuda.stream(stream):
             self.function()
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
@@ -61,7 +63,6 @@ class Captured:
         try:
             with (
                 _one_at_a_time,
-                _fastest_convolutions(),
                 # Other threads may allocate and wait meanwhile.
                 torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
             ):
@@ -76,12 +77,7 @@ class Captured:
         return graph
 
 
-class _fastest_convolutions:  # noqa: N801 - reads as the statement that it is
-    """Let cuDNN time its algorithms for the shapes that it meets, which stay the same."""
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.benchmark = self.before
+def _stream_for(device: torch.device) -> torch.cuda.Stream:
+    """Return the current stream if it can be captured, else another: torch has 32 in all, and gives them out again and again."""
+    current = torch.cuda.current_stream(device)
+    return torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
