@@ -96,6 +96,8 @@ def test_compiled_arms_are_compared_with_the_compiled_float_one() -> None:
     assert [(arm.name, arm.compiled) for arm in arms] == [
         ("float", False), ("quantized", False), ("float, compiled", True), ("quantized, compiled", True)
     ]  # fmt: skip
+    names = [arm.name for arm in training_arms(nn.Identity(), nn.ReLU(), compiled=True, captured=True)]
+    assert names[::2] == ["float", "float, graph", "float, compiled, graph"]
     taken = {f"{arm.name}/{part}": [float(i + 1)] * 7 for i, arm in enumerate(arms) for part in training_module.PARTS}
     row = training_module._row(arms[3], arms, taken, 8, None)
     assert (row["base"], row["times_float"]) == ("float, compiled", 4 / 3)

@@ -36,7 +36,8 @@ class MaxRounding(torch.autograd.Function):
         maximum = w.abs().amax(dims, keepdim=True)
         alive = maximum.sign()
         divisor = maximum + (1 - alive)
-        y = grid.rounded(w / divisor).mul_(maximum / grid.divisor)
+        # Not in place: where torch 2.11 compiles it, a result that was changed in place has no gradient.
+        y = grid.rounded(w / divisor) * (maximum / grid.divisor)
         ctx.save_for_backward(w, y, alive, divisor)
         return y
 

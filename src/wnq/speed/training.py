@@ -27,11 +27,15 @@ optimizer; and noting loss and right answers."""
 def training_arms(
     float_model: nn.Module, quantized: nn.Module, *, compiled: bool = False, captured: bool = False
 ) -> list[TrainArm]:
-    """Return the float and the quantized network as arms; both compiled, captured, and compiled and captured, if asked for."""
+    """Return the float and the quantized network as arms: eager; compiled or captured, if asked for; both, if both are."""
+    modes = [(False, False)]
+    if captured:
+        modes.append((False, True))
+    if compiled:
+        modes.append((True, captured))
     return [
         TrainArm(", ".join([name, *["compiled"] * compile_it, *["graph"] * capture_it]), model, compile_it, capture_it)
-        for capture_it in (False, True)[: 1 + captured]
-        for compile_it in (False, True)[: 1 + compiled]
+        for compile_it, capture_it in modes
         for name, model in (("float", float_model), ("quantized", quantized))
     ]
 

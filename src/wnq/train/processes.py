@@ -1,5 +1,6 @@
 """The processes of one job: which there are, and what they share."""
 
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_making = threading.Lock()
+
 
 def plain_accelerator() -> "Accelerator":
     """Return an ``accelerate.Accelerator`` with its defaults, which knows the processes of this job."""
@@ -18,7 +21,8 @@ def plain_accelerator() -> "Accelerator":
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('training needs accelerate: pip install "wnq[train]"') from error
     # Without being told that there is no device, accelerate ignores the other processes of a job on CPUs.
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    with _making:  # its state is the process's, and half-made while another thread makes it
+        return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def share_buffers(models: Iterable[nn.Module | None], device: torch.device) -> None:

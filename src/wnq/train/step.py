@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from wnq.procedures import Procedure, looked_ahead
 from wnq.quantizer import compute_dtype
 from wnq.recorder import TailRecorder
+from wnq.starting import StartsFromData
 from wnq.train.average import Average
 from wnq.train.config import TrainConfig, schedule
 from wnq.train.loss import training_loss
@@ -49,6 +50,8 @@ class TrainStep:
         self.procedure = procedure or Procedure()
         self._peaks: list[float] = [group["lr"] for group in optimizer.param_groups]
         prepared, self._stepper = accelerator.prepare(model, optimizer)
+        self._plain: nn.Module = prepared
+        self._started = not config.compile
         self.network: nn.Module = prepared
         """The model as it is called: shared between the processes, and compiled."""
         if config.compile:
@@ -85,7 +88,10 @@ class TrainStep:
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the gradient of a batch in the parameters; return loss and logits, without gradient."""
-        loss, logits = self.loss(self.network, images, labels)
+        if self.config.compile and not self._started:
+            # A quantizer that starts from its first batch does so eagerly: the code before it would be compiled for one step.
+            self._started = all(module.ready for module in self.model.modules() if isinstance(module, StartsFromData))
+        loss, logits = self.loss(self.network if self._started else self._plain, images, labels)
         self._stepper.zero_grad()
         self.accelerator.backward(loss)
         if self.config.clip_grad_norm:
