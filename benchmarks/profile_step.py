@@ -4,9 +4,9 @@
 
 Counts are of one step (forward, backward, SGD). ``calls``: operations that the framework dispatches, views among them.
 ``launches``: those that run code over elements; on a GPU, kernels. ``GB moved``: what they read and write if nothing stays in
-a cache, from the sizes of their tensors. Of a compiled step the fused kernels do not tell their sizes, and on the CPU not their
-number. Times are self times under ``torch.profiler``, of each operation the least over seven steps: they say what is large, not
-how long a step is (for that, ``step_time.py``).
+a cache, from the sizes of their tensors. Kernels of a compiler, and on a GPU this library's own, do not tell their sizes, and those
+of a compiler on the CPU not their number. Times are self times under ``torch.profiler``, of each operation the least over seven
+steps: they say what is large, not how long a step is (for that, ``step_time.py``).
 """
 
 import argparse
@@ -98,7 +98,8 @@ def profiled(step: Callable[[], None], device: str, repeats: int = 7) -> dict[st
             times = {"self_ms": e.self_cpu_time_total / 1e3, "device_ms": e.self_device_time_total / 1e3}
             known = rows.get(e.key, times)
             rows[e.key] = {"calls": e.count, **{key: min(known[key], time) for key, time in times.items()}}
-    return {"operations": rows, "self_ms": sum(r["self_ms"] for r in rows.values()), "kernels": kernels}
+    sums = {key: sum(row[key] for row in rows.values()) for key in ("self_ms", "device_ms")}
+    return {"operations": rows, **sums, "kernels": kernels}
 
 
 def measure(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool)
     with Traffic() as traffic:
         step()
     row["calls"] = sum(traffic.calls.values())
-    row["launches"] = sum(n for name, n in traffic.calls.items() if name not in NO_LAUNCH)
+    row["launches"] = row["kernels"] or sum(n for name, n in traffic.calls.items() if name not in NO_LAUNCH)
     row["bytes"] = sum(traffic.bytes.values())
     row["traffic"] = {name: {"calls": n, "bytes": traffic.bytes[name]} for name, n in traffic.calls.most_common()}
     return row
@@ -158,12 +159,18 @@ def main() -> None:
             model = model.to(device, memory_format=torch.channels_last).train()
             model(images)
             rows.append({"arm": name, "compiled": compiled} | measure(model, images, labels, compiled=compiled))
-    lines = ["| arm | step | calls | launches | GB moved | self time, ms |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| arm | step | calls | launches | GB moved | self time of the processor, ms | of the GPU, ms |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         moved = "–" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f}"
         kind = "compiled" if row["compiled"] else "eager"
         launches = "–" if row["launches"] is None else f"{row['launches']:,}"
-        lines.append(f"| {row['arm']} | {kind} | {row['calls']:,} | {launches} | {moved} | {row['self_ms']:.1f} |")
+        busy = f"{row['device_ms']:.2f}" if device == "cuda" else "–"
+        lines.append(
+            f"| {row['arm']} | {kind} | {row['calls']:,} | {launches} | {moved} | {row['self_ms']:.1f} | {busy} |"
+        )
     lines += beyond_float(rows)
     config = {
         "network": "resnet20, 100 classes, channels-last, float32, all layers quantized",

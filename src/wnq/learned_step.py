@@ -23,7 +23,7 @@ class _Magnitude(torch.autograd.Function):
     def forward(ctx: Any, step: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(step)
         ctx.factor = factor
-        return step.abs().clamp_(min=SMALLEST_STEP)
+        return step.abs().clamp(min=SMALLEST_STEP)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -90,7 +90,9 @@ class RoundToStep(torch.autograd.Function):
             return y
         exact = x.to(compute_dtype(x))
         if isinstance(low, Tensor) or isinstance(high, Tensor) or torch.compiler.is_compiling():
-            value = (torch.clamp(exact / step, low, high).round() * step).to(x.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            # Torch 2.11 compiles a result that is another one's alias, or was changed in place, without a gradient.
+            value = torch.clamp(exact / step, low, high).round() * step  # pyright: ignore[reportArgumentType, reportCallIssue]
+            value = value if exact is x else value.to(x.dtype)
         else:
             scaled = exact / step if exact is x else exact.div_(step)
             value = scaled.clamp_(low, high).round_().mul_(step).to(x.dtype)
