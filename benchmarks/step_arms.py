@@ -3,12 +3,14 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 import wnq
+from wnq.together import layers_together, rounded_together
 
 WNQ = "wnq, weights and inputs"
 TORCHAO = "torchao fake quantizers"
@@ -31,13 +33,16 @@ class Arm:
         self.network: Callable[[torch.Tensor], torch.Tensor] = self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=CUDA or None)
         self.graph: torch.cuda.CUDAGraph | None = None
+        together = bool(layers_together(self.model))
+        self.rounding = partial(rounded_together, self.model) if together else contextlib.nullcontext
 
     def plain(self) -> None:
         images, labels = self.batch
         self.optimizer.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            logits = self.network(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+        with self.rounding():
+            with torch.autocast(DEVICE, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+                logits = self.network(images)
+            nn.functional.cross_entropy(logits.float(), labels).backward()
         self.optimizer.step()
 
     def step(self) -> None:
@@ -49,6 +54,7 @@ class Arm:
     def compile(self) -> None:
         self.plain()  # quantizers that start from data do so here
         self.network = torch.compile(self.model)
+        self.rounding = contextlib.nullcontext
 
     def record(self) -> None:
         """Record a whole step, after some on a stream of their own.

@@ -15,7 +15,7 @@ RANKS = [
     {"learned_step", "max_rounding"},
     {"normalized", "activations"},
     {"methods", "prepared"},
-    {"plan", "compact"},
+    {"plan", "compact", "together"},
     {"plan_table", "attach"},
     {"testing", "tails", "clipping", "checkpoints", "models", "data", "folding", "procedures"},
     {"analysis", "artifact", "metrics", "recorder", "sensitivity", "budget"},

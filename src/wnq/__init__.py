@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wnq.recorder import TailRecorder
     from wnq.report import write_report
     from wnq.sensitivity import Prober, load_sensitivity, measure_sensitivity
+    from wnq.together import rounded_together
     from wnq.train import TrainConfig, fit
 
 __version__ = "0.1.0"
@@ -75,6 +76,7 @@ _MODULES = {
     "compact": ("compact_activations_",),
     "recorder": ("TailRecorder",),
     "sensitivity": ("Prober", "load_sensitivity", "measure_sensitivity"),
+    "together": ("rounded_together",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -132,6 +134,7 @@ __all__ = [
     "quantized_layers",
     "register",
     "register_input",
+    "rounded_together",
     "run_recipe",
     "save",
     "unpack_file",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,20 @@ from wnq.quantizer import Quantized, Quantizer, Uniform, compute_dtype
 from wnq.ste import straight_through
 
 SCALES = ("max", "one", "learned", "optimal")
+
+
+class Taken(NamedTuple):
+    """What a weight was rounded to together with others, see :func:`wnq.rounded_together`.
+
+    Attributes:
+        weight: the float one.
+        version: of it.
+        values: the rounded ones.
+    """
+
+    weight: Tensor
+    version: int
+    values: Tensor
 
 
 class Normalized(Quantizer):
@@ -29,6 +44,9 @@ class Normalized(Quantizer):
         granularity: ``"tensor"`` or ``"channel"``: how many scales. Must be the normalizer's.
         axis: output-channel dimension.
     """
+
+    taken: Taken | None = None
+    """Values that are there already."""
 
     def __init__(
         self,
@@ -58,6 +76,14 @@ class Normalized(Quantizer):
         else:
             self.gain.data.copy_(start)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what belongs to one forward pass."""
+        return {key: value for key, value in vars(self).items() if key != "taken"}
+
+    def gain_of_rounding(self) -> float | None:
+        """Return the share of the gradient through the maximum, if :class:`MaxRounding` is all there is to do; else None."""
+        return self._gain_of_maximum() if self.scale == "max" and not self.quantizer.ewgs else None
+
     def _gain_of_maximum(self) -> float | None:
         """Return the gain of a :func:`wnq.normalizers.max_abs`; None if the normalizer is another one."""
         if isinstance(self.normalize, partial):
@@ -82,9 +108,14 @@ class Normalized(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scale * Q(normalize(x))."""
+        taken = None if torch.compiler.is_compiling() else self.taken
+        if taken is not None:
+            weight, version, values = taken
+            if x is weight and x._version == version and values.requires_grad >= torch.is_grad_enabled():  # pyright: ignore[reportPrivateUsage]
+                return values
         w = x.to(compute_dtype(x))
-        gain = self._gain_of_maximum()
-        if gain is not None and self.scale == "max" and not self.quantizer.ewgs:
+        gain = self.gain_of_rounding()
+        if gain is not None:
             dims = reduced_dims(w, self.granularity, self.axis)
             return MaxRounding.apply(w, self.quantizer, dims, gain).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportUnknownMemberType, reportUnknownVariableType]
         u, scale = self.normalize(w, self.axis)

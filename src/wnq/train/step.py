@@ -1,5 +1,7 @@
 """One step of training: from a batch to moved weights, without waiting for the device."""
 
+import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +11,7 @@ from wnq.procedures import Procedure, looked_ahead
 from wnq.quantizer import compute_dtype
 from wnq.recorder import TailRecorder
 from wnq.starting import StartsFromData
+from wnq.together import layers_together, rounded_together
 from wnq.train.average import Average
 from wnq.train.config import TrainConfig, schedule
 from wnq.train.loss import training_loss
@@ -52,6 +55,8 @@ class TrainStep:
         prepared, self._stepper = accelerator.prepare(model, optimizer)
         self._plain: nn.Module = prepared
         self._started = not config.compile
+        alone = config.compile or config.compact_activations or not layers_together(model)
+        self._rounding = contextlib.nullcontext if alone else partial(rounded_together, model)
         self.network: nn.Module = prepared
         """The model as it is called: shared between the processes, and compiled."""
         if config.compile:
@@ -91,9 +96,10 @@ class TrainStep:
         if self.config.compile and not self._started:
             # A quantizer that starts from its first batch does so eagerly: the code before it would be compiled for one step.
             self._started = all(module.ready for module in self.model.modules() if isinstance(module, StartsFromData))
-        loss, logits = self.loss(self.network if self._started else self._plain, images, labels)
-        self._stepper.zero_grad()
-        self.accelerator.backward(loss)
+        with self._rounding():
+            loss, logits = self.loss(self.network if self._started else self._plain, images, labels)
+            self._stepper.zero_grad()
+            self.accelerator.backward(loss)
         if self.config.clip_grad_norm:
             parameters = [*self.model.parameters(), *self.procedure.parameters()]
             self.accelerator.clip_grad_norm_(parameters, self.config.clip_grad_norm)
