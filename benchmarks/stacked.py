@@ -24,7 +24,7 @@ from wnq.data import Dataset, ImageData
 from wnq.environment import environment
 from wnq.models import build_model
 from wnq.speed import median_ratio
-from wnq.speed.arm import RunningArm
+from wnq.speed.training_arm import RunningArm
 from wnq.train import TrainConfig, plain_accelerator
 
 KINDS = {"float": None, "wnq W3A3": 3}

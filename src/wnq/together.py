@@ -21,8 +21,9 @@ from wnq.quantizer import Quantizer, Uniform
 
 WIDTH = 512
 """Weights in a row."""
-LARGEST = {"cpu": 2**16, "cuda": 2**22}
-"""A weight of more elements, or on another device, is rounded by itself: it keeps the device busy, and a copy costs more."""
+LARGEST = {"cpu": 2**16, "cuda": 2**18}
+"""A weight of more elements, or on another device, is rounded by itself: it keeps the device busy, and a copy costs more. On CUDA
+each program reads what was found in all rows of its weight; up to here that is one reading."""
 FEWEST = 3
 """Fewer weights gain nothing; many methods have two such, those of the first and last layer."""
 

@@ -1,7 +1,7 @@
 """How fast a network runs, float and integer, in every engine that is installed; and how fast it trains, float and quantized.
 
 All is paired and in turn. ``arms`` are the ways to run a network, ``measuring`` takes them in turn on one thread, ``training`` does
-so with steps of training, ``summary`` says what came out.
+so with steps of training (``training_arm``, ``memory``), ``summary`` says what came out.
 """
 
 from wnq.speed.arms import Arm, LeftOut, arms_of

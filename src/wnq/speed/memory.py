@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnq.speed.arm import prepared
+from wnq.speed.training_arm import prepared
 from wnq.train import TrainConfig, plain_accelerator
 
 MIB = 2**20

@@ -55,7 +55,9 @@ class TrainStep:
         prepared, self._stepper = accelerator.prepare(model, optimizer)
         self._plain: nn.Module = prepared
         self._started = not config.compile
-        alone = config.compile or config.compact_activations or not layers_together(model)
+        # Between processes each gradient travels as soon as it is there; those of weights rounded together come at the end.
+        alone = config.compile or config.compact_activations or accelerator.num_processes > 1
+        alone = alone or not layers_together(model)
         self._rounding = contextlib.nullcontext if alone else partial(rounded_together, model)
         self.network: nn.Module = prepared
         """The model as it is called: shared between the processes, and compiled."""
