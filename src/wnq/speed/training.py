@@ -13,10 +13,10 @@ from torch import nn
 
 from wnq.data import Dataset
 from wnq.environment import environment
-from wnq.speed.training_arm import RunningArm, TrainArm, batches_for
 from wnq.speed.measuring import in_turn
 from wnq.speed.memory import how_memory, peak
 from wnq.speed.summary import median_ratio
+from wnq.speed.training_arm import RunningArm, TrainArm, batches_for
 from wnq.train import TrainConfig, plain_accelerator
 
 PARTS = ("step", "model", "data", "optimizer", "accounting")
