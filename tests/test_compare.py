@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -21,7 +22,8 @@ import torch
 from wnq.compare import CellState, Comparison, Contender, cells_of, check, compare
 from wnq.compare.cells import recipe_of, recommended_changes
 from wnq.compare.definition import comparison_from, merged
-from wnq.compare.jobs import part_of, read_outcome
+from wnq.compare.jobs import Images, part_of, read_outcome
+from wnq.compare.workers import StreamWorker
 from wnq.data import Dataset, load_data
 from wnq.methods import MethodInfo, list_methods
 from wnq.recipe import Recipe, load_recipe, recipe_from, run_recipe
@@ -693,6 +695,16 @@ def test_streams_come_to_the_same(tmp_path: Path, data: Dataset) -> None:
     alone = compare(comparison, tmp_path / "one", data=data)
     assert [row["accuracies"] for row in results["table"]] == [row["accuracies"] for row in alone["table"]]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cell")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_says_so() -> None:
+    events: Any = queue.SimpleQueue()
+    worker = StreamWorker(0, Images(), events)
+    worker.start("not a job")  # pyright: ignore[reportArgumentType]
+    told, event = events.get(timeout=60)
+    assert told is worker and event["event"] == "gone"
+    assert "ended unexpectedly" in worker.why_gone(event["code"])
 
 
 def test_processes_and_streams_exclude_each_other(tmp_path: Path, data: Dataset) -> None:

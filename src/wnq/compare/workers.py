@@ -129,20 +129,26 @@ class StreamWorker:
 
     def why_gone(self, code: int) -> str:
         """Return a sentence on an unexpected end."""
-        return f"its thread ended unexpectedly ({code})"
+        return "its thread ended unexpectedly; what was printed says why"
 
     def _work(self) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else contextlib.nullcontext()
-        with stream:
-            while (job := self._jobs.get()) is not None:
-                try:
-                    run_job(job, self.images, self._report)
-                except Interrupted:
-                    return
-                except OSError as error:
-                    self._events.put((self, {"event": "broken", "reason": str(error)}))
-                else:
-                    self._events.put((self, {"event": "end"}))
+        try:
+            with stream:
+                while (job := self._jobs.get()) is not None:
+                    self._run(job)
+        except Interrupted:
+            pass
+        finally:
+            self._events.put((self, {"event": "gone", "code": 0}))
+
+    def _run(self, job: Job) -> None:
+        try:
+            run_job(job, self.images, self._report)
+        except OSError as error:
+            self._events.put((self, {"event": "broken", "reason": str(error)}))
+        else:
+            self._events.put((self, {"event": "end"}))
 
     def _report(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -6,18 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from wnq.compact import compact_activations_
-from wnq.data import Augment, Dataset, batches_of
+from wnq.data import Dataset
 from wnq.integer import round_biases_
 from wnq.metrics import Metrics, evaluate
 from wnq.procedures import Procedure
 from wnq.train.account import Account, spoilt
 from wnq.train.average import Average
+from wnq.train.batches import training_batches
 from wnq.train.batchnorm import reestimate_batchnorm_
 from wnq.train.checkpoint import TrainState
 from wnq.train.config import TrainConfig
@@ -114,35 +115,13 @@ class _Run:
     ) -> None:
         self.config, self.out, self.on_step, self.accelerator = config, out, on_step, accelerator
         self.processes = accelerator.num_processes
-        if self.processes > 1 and len(data.train) < config.batch_size:
-            raise ValueError(
-                f"batch_size {config.batch_size} is more than the {len(data.train)} training images, which "
-                f"{self.processes} processes cannot share evenly. Use a smaller batch or one process."
-            )
         device = cast(torch.device, accelerator.device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
         if config.compact_activations:
             compact_activations_(self.model)
         self.teacher = None if teacher is None else teacher.to(device, memory_format=layout).eval()  # pyright: ignore[reportCallIssue]
-        share: dict[str, Any] = {
-            "mean": data.mean,
-            "std": data.std,
-            "device": device,
-            "rank": accelerator.process_index,
-            "world_size": self.processes,
-            "channels_last": config.channels_last,
-        }
-        self.train = batches_of(
-            data.train,
-            config.batch_size,
-            augment=Augment(config.crop_padding, config.flip),
-            shuffle=True,
-            seed=config.seed,
-            drop_last=len(data.train) >= config.batch_size,
-            **share,
-        )
-        self.val = batches_of(data.val, max(config.batch_size, 256 * self.processes), **share)
+        self.train, self.val = training_batches(data, config, accelerator)
         self.steps = self.train.steps_per_epoch
         self.pace = Pace(config.epochs, self.steps, min(config.batch_size, len(data.train)))
         self.procedure = (procedure or Procedure()).to(device)
