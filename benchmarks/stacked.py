@@ -9,6 +9,7 @@ weights; needs no data.
 """
 
 import argparse
+import math
 import random
 import statistics
 import sys
@@ -127,9 +128,10 @@ def main() -> None:
     ]
     for row in rows:
         gain = row["gain"]
+        interval = "no interval" if math.isnan(gain["low"]) else f"{gain['low']:.2f} – {gain['high']:.2f}"
         lines.append(
             f"| {row['network']} | {row['steps']} | {row['count']} | {statistics.median(row['images_per_second']):,.0f} "
-            f"| {gain['median']:.2f} ({gain['low']:.2f} – {gain['high']:.2f}) |"
+            f"| {gain['median']:.2f} ({interval}) |"
         )
     config = {
         "network": "resnet20, 100 classes, 32x32 images, batch 128, crops and flips, channels-last, SGD",
