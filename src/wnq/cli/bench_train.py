@@ -34,7 +34,10 @@ def train(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure both networks compiled, too.")] = False,
     graph: Annotated[
-        bool, typer.Option("--graph", help="Measure the networks with every step as one CUDA graph, too.")
+        bool,
+        typer.Option(
+            "--graph", help="Measure every step as one CUDA graph, too; with --compile, of compiled networks."
+        ),
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, help="For all networks together.")] = 20.0,
     memory: Annotated[bool, typer.Option(help="Measure memory, too.")] = True,
