@@ -195,7 +195,9 @@ def test_input_values_and_gradient(bits):
     v = quantizer.basis[0].numpy()
     assert np.abs(y.detach().numpy().reshape(-1) - numpy_round(x.reshape(-1), v, 0.0)[0]).max() < 1e-12
     top = numpy_levels(v, 0.0)[0][-1]
-    assert np.array_equal(t.grad.numpy(), g.numpy() * ((x > 0) & (x < top)))
+    decided = np.abs(x - top) > 1e-9  # the fit may put its top level on the largest input, up to rounding
+    assert decided.sum() >= x.size - 1
+    assert np.array_equal((t.grad.numpy())[decided], (g.numpy() * ((x > 0) & (x < top)))[decided])
     assert 0.0 in quantizer.quantize(torch.tensor(x)).levels
 
 
