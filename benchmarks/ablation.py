@@ -80,11 +80,12 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---:|---:|---|",
     ]
     for row in rows:
-        spread = statistics.stdev(row["accuracies"]) if len(row["accuracies"]) > 1 else float("nan")
+        spread = f" ± {statistics.stdev(row['accuracies']):.2f}" if len(row["accuracies"]) > 1 else ""
         gap = row["difference"]
-        beside = "– | –" if gap is None else f"{gap['difference']:+.2f} | {gap['low']:+.2f} to {gap['high']:+.2f}"
+        interval = "one seed" if gap is None or gap["low"] is None else f"{gap['low']:+.2f} to {gap['high']:+.2f}"
+        beside = "– | –" if gap is None else f"{gap['difference']:+.2f} | {interval}"
         mean = statistics.fmean(row["accuracies"])
-        lines.append(f"| W{row['bits']}A{row['bits']} | {row['switch']} | {mean:.2f} ± {spread:.2f} | {beside} |")
+        lines.append(f"| W{row['bits']}A{row['bits']} | {row['switch']} | {mean:.2f}{spread} | {beside} |")
     return lines
 
 
@@ -117,9 +118,11 @@ def main() -> None:
         reached = [found[name, seed] for seed in range(args.seeds)]
         beside = STAGED if stages and name != STAGED else PLAIN
         gap = None
+        base = [found[beside, seed] for seed in range(args.seeds)]
         if name != PLAIN and args.seeds > 1:
-            base = [found[beside, seed] for seed in range(args.seeds)]
             gap = dataclasses.asdict(paired_interval(reached, base, resolution=0.01))
+        elif name != PLAIN:
+            gap = {"difference": reached[0] - base[0], "low": None, "high": None}
         rows.append({"bits": args.bits, "switch": name, "beside": beside, "accuracies": reached, "difference": gap})
     before = FOLDER / f"ablation_{hardware_tag()}_{datetime.datetime.now(datetime.UTC):%Y%m}.json"
     if before.exists():
