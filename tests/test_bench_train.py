@@ -78,7 +78,9 @@ def test_memory_is_that_of_the_steps_alone() -> None:
     batch = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     config = TrainConfig(batch_size=4)
     peak = training_module.peak(Slow(0.0, mib=150), config, batch, torch.device("cpu"))
-    assert peak is not None and 150 <= peak < 350, "what torch itself takes at its first step: tens of MiB, with CUDA built in 135"
+    assert peak is not None and 150 <= peak < 350, (
+        "what torch itself takes at its first step: tens of MiB, with CUDA built in 135"
+    )
 
 
 def test_steps_that_the_device_takes_alone_are_measured_part_by_part() -> None:
