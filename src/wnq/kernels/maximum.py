@@ -95,6 +95,21 @@ def _sums(grad, w, y, largest, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def through_maximum(largest, ties, inner, gain):
+    """What each of the largest weights gets beyond its own gradient, but for its sign, given <g, y - w>."""
+    unit = tl.where(largest == 0, 1.0, largest)
+    through = tl.where(largest == 0, 0.0, 1.0) * inner * tl.div_rn(gain, unit * tl.where(ties < 1, 1.0, ties))
+    return tl.where(gain == 0, 0.0, through)
+
+
+@triton.jit
+def gradient(grad, weight, largest, through):
+    """The gradient of a weight, given that of what it was rounded to; none where all weights are zero."""
+    more = tl.where(weight == largest, through, tl.where(weight == -largest, -through, 0.0))
+    return grad * tl.where(largest == 0, 0.0, 1.0) + more
+
+
+@triton.jit
 def _collect(grad, w, y, parts, maximum, n, BLOCK: tl.constexpr):
     ties, inner = _sums(grad, w, y, tl.load(maximum), n, BLOCK)
     tl.store(parts + tl.program_id(0), ties)
@@ -112,16 +127,14 @@ def _apply(
         part, programs = tl.arange(0, PARTS), tl.num_programs(0)
         ties = tl.sum(tl.load(parts + part, mask=part < programs, other=0.0), 0)
         inner = tl.sum(tl.load(parts + programs + part, mask=part < programs, other=0.0), 0)
-    alive = tl.where(largest == 0, 0.0, 1.0)
-    unit = tl.where(largest == 0, 1.0, largest)
-    through = alive * inner * tl.div_rn(gain, unit * tl.where(ties < 1, 1.0, ties))
+    through = through_maximum(largest, ties, inner, gain)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
         place = start + tl.arange(0, BLOCK)
         there = place < n
         weight = tl.load(w + place, mask=there, other=0.0)
-        more = tl.where(weight == largest, through, tl.where(weight == -largest, -through, 0.0))
-        tl.store(grad_w + place, tl.load(grad + place, mask=there, other=0.0) * alive + more, mask=there)
+        own = tl.load(grad + place, mask=there, other=0.0)
+        tl.store(grad_w + place, gradient(own, weight, largest, through), mask=there)
 
 
 def forward(w: Tensor, divisor: int, grid: str) -> tuple[Tensor, Tensor]:

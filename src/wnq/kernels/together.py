@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wnq.kernels.maximum import _level
+from wnq.kernels.maximum import _level, gradient, through_maximum
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 PARTS = 512
@@ -79,16 +79,10 @@ def _apply(grad, w, grad_w, parts, maximum, owner, first, gains, PARTS: tl.const
         part = start + tl.arange(0, PARTS)
         ties += tl.load(parts + part, mask=part < end, other=0.0)
         inner += tl.load(parts + tl.num_programs(0) + part, mask=part < end, other=0.0)
-    attained, product = tl.sum(ties, 0), tl.sum(inner, 0)
-    largest, gain = tl.load(maximum + weight), tl.load(gains + weight)
-    alive = tl.where(largest == 0, 0.0, 1.0)
-    unit = tl.where(largest == 0, 1.0, largest)
-    through = alive * product * tl.div_rn(gain, unit * tl.where(attained < 1, 1.0, attained))
-    through = tl.where(gain == 0, 0.0, through)
+    largest = tl.load(maximum + weight)
+    through = through_maximum(largest, tl.sum(ties, 0), tl.sum(inner, 0), tl.load(gains + weight))
     place = row * WIDTH + tl.arange(0, WIDTH)
-    value = tl.load(w + place)
-    more = tl.where(value == largest, through, tl.where(value == -largest, -through, 0.0))
-    tl.store(grad_w + place, tl.load(grad + place) * alive + more)
+    tl.store(grad_w + place, gradient(tl.load(grad + place), tl.load(w + place), largest, through))
 
 
 def forward(
