@@ -21,22 +21,14 @@ import torch
 from results import hardware_tag, write_results
 
 import wnq
-from wnq.data import Dataset, ImageData
+from wnq.data import Dataset
 from wnq.environment import environment
 from wnq.models import build_model
-from wnq.speed import median_ratio
+from wnq.speed import median_ratio, random_images
 from wnq.speed.training_arm import RunningArm
 from wnq.train import TrainConfig, plain_accelerator
 
 KINDS = {"float": None, "wnq W3A3": 3}
-
-
-def images(count: int) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 100, (count,), generator=generator)
-    split = ImageData(pixels, labels, tuple(map(str, range(100))))
-    return Dataset(split, split, (0.5,) * 3, (0.25,) * 3)
 
 
 class Runner:
@@ -79,7 +71,7 @@ def measure(kind: str, cuda_graph: bool, options: argparse.Namespace) -> list[di
         batch_size=128, lr=1e-4, warmup_epochs=0, crop_padding=4, flip=True, channels_last=True, bf16=options.bf16,
         cuda_graph=cuda_graph,
     )  # fmt: skip
-    data = images(128 * 390)
+    data = random_images((3, 32, 32), 128 * 390, 100)
     runners = [Runner(kind, config, data, seed) for seed in range(max(options.counts))]
     pace = turn(runners[:1], 50) / 50
     steps = {count: max(20, round(options.seconds / pace / count**0.5)) for count in options.counts}

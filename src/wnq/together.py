@@ -62,7 +62,7 @@ class Rows:
         runs = [list(run) for _, run in groupby(range(len(grids)), lambda i: (grids[i].bits, grids[i].grid))]
         self.runs = [(grids[run[0]], slice(firsts[run[0]], firsts[run[-1] + 1])) for run in runs]
         longest = range(max(counts))
-        rows = [[first + min(i, n - 1) for i in longest] for first, n in zip(firsts, counts, strict=False)]
+        rows = [[first + min(i, n - 1) for i in longest] for first, n in zip(firsts[:-1], counts, strict=True)]
         self._rows = _constant(rows, device)
         self._there = _constant([[float(i < n) for i in longest] for n in counts], device)
         self._zeros = torch.zeros(WIDTH, device=device)
@@ -79,7 +79,7 @@ class Rows:
 
     def part(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """Return each weight's share of a matrix, in its shape."""
-        places = zip(self.layouts, self.firsts, strict=False)
+        places = zip(self.layouts, self.firsts[:-1], strict=True)
         return tuple(matrix.as_strided(layout.size, layout.stride, first * WIDTH) for layout, first in places)
 
     def maximum(self, of_row: Tensor) -> Tensor:

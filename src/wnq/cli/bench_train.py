@@ -112,6 +112,7 @@ def _work(
         ValueError: an option does not fit.
     """
     from wnq.recipe import load_recipe, recipe_from
+    from wnq.speed import random_images
 
     of_file = target.endswith((".toml", ".json"))
     if of_file:
@@ -132,19 +133,7 @@ def _work(
             return recipe, read_images(recipe.data, on_image)
     shape, batch = shape_of(target, size), recipe.train.batch_size
     batches = min(64, max(4, RANDOM_BYTES // (batch * math.prod(shape))))
-    return recipe, _random_images(shape, batches * batch, num_classes)
-
-
-def _random_images(shape: list[int], count: int, classes: int) -> "Dataset":
-    import torch
-
-    from wnq.data import Dataset, ImageData
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    split = ImageData(images, labels, tuple(map(str, range(classes))))
-    return Dataset(split, split, (0.5,) * shape[0], (0.25,) * shape[0])
+    return recipe, random_images(shape, batches * batch, num_classes)
 
 
 def _show(screen: Screen, found: dict[str, Any]) -> None:

@@ -10,13 +10,12 @@ import queue
 import signal
 import sys
 import threading
-import time
 from typing import Any, TextIO
 
 import torch
 
 from wnq.compare.jobs import Images, job_from, run_job
-from wnq.compare.workers import REPORT_SECONDS
+from wnq.compare.workers import seldom
 from wnq.train import Interrupted, Progress
 
 
@@ -46,17 +45,12 @@ def _listen(jobs: "queue.SimpleQueue[str]") -> None:
 
 
 def _work(line: str, images: Images, reports: TextIO) -> None:
-    last = 0.0
-
     def on_step(now: Progress) -> None:
-        nonlocal last
-        if now.val is not None or time.monotonic() - last >= REPORT_SECONDS:
-            last = time.monotonic()
-            content = {**vars(now), "val": None if now.val is None else vars(now.val)}
-            _say(reports, event="step", progress=content)
+        content = {**vars(now), "val": None if now.val is None else vars(now.val)}
+        _say(reports, event="step", progress=content)
 
     try:
-        run_job(job_from(json.loads(line)), images, on_step)
+        run_job(job_from(json.loads(line)), images, seldom(on_step))
     except OSError as error:
         _say(reports, event="broken", reason=str(error))
     else:

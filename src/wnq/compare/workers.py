@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,6 @@ class StreamWorker:
     def __init__(self, number: int, images: Images, events: Events) -> None:
         self.number, self.images, self._events = number, images, events
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._reported = 0.0
         self._thread = threading.Thread(target=self._work, name=f"cell {number}", daemon=True)
         self._thread.start()
 
@@ -144,17 +144,25 @@ class StreamWorker:
 
     def _run(self, job: Job) -> None:
         try:
-            run_job(job, self.images, self._report)
+            report = seldom(lambda progress: self._events.put((self, {"event": "step", "progress": progress})))
+            run_job(job, self.images, report)
         except OSError as error:
             self._events.put((self, {"event": "broken", "reason": str(error)}))
         else:
             self._events.put((self, {"event": "end"}))
 
-    def _report(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.val is not None or now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            self._events.put((self, {"event": "step", "progress": progress}))
+
+def seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Return the report of one job that passes on every evaluation, and in between no more than one in :data:`REPORT_SECONDS`."""
+    last = 0.0
+
+    def pass_on(progress: Progress) -> None:
+        nonlocal last
+        if progress.val is not None or time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            report(progress)
+
+    return pass_on
 
 
 def progress_from(content: dict[str, Any]) -> Progress:

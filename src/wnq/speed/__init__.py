@@ -7,7 +7,8 @@ so with steps of training (``training_arm``, ``memory``), ``summary`` says what 
 from wnq.speed.arms import Arm, LeftOut, arms_of
 from wnq.speed.measuring import in_turn, measure_speed
 from wnq.speed.summary import Ratio, median_ratio
-from wnq.speed.training import TrainArm, measure_training, training_arms
+from wnq.speed.training import measure_training, training_arms
+from wnq.speed.training_arm import TrainArm, random_images
 
 __all__ = [
     "Arm",
@@ -19,5 +20,6 @@ __all__ = [
     "measure_speed",
     "measure_training",
     "median_ratio",
+    "random_images",
     "training_arms",
 ]

@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from wnq.compact import compact_activations_
-from wnq.data import Augment, Batches, Dataset, StreamedBatches, batches_of
+from wnq.data import Augment, Batches, Dataset, ImageData, StreamedBatches, batches_of
 from wnq.procedures import Procedure
 from wnq.train import TrainConfig
 from wnq.train.account import Account
@@ -49,19 +49,17 @@ class RunningArm:
         self.device: torch.device = accelerator.device
         batches = batches_for(data, config, self.device)
         self.train_step, self.account = prepared(model, config, accelerator)
-        self.walk = walk_of(
-            self.train_step, batches, self.account, config=config, procedure=None, device=self.device, processes=1
-        )
-        self.steps, self.batches = endless(self.walk.steps), endless(batches.epoch)
+        walk = walk_of(self.train_step, batches, self.account)
+        self.steps, self.batches = endless(walk.steps), endless(batches.epoch)
         images, labels = next(self.batches)
         self.fixed = images.clone(), labels.clone()
         loss, logits = self.train_step.gradients(*self.fixed)
         self.noted = loss.clone(), logits.clone()
-        self._parameters = [p for p in self.train_step.model.parameters() if p.grad is not None]
-        self._gradients = [p.grad.clone() for p in self._parameters if p.grad is not None]
-        self._rates = torch.tensor(self.train_step.rates(0), device=self.device)
         parts = {"model": self._model, "optimizer": self.train_step.update, "accounting": self._note}
         if config.cuda_graph and isinstance(batches, Batches):
+            self._parameters = [p for p in self.train_step.model.parameters() if p.grad is not None]
+            self._gradients = [p.grad.clone() for p in self._parameters if p.grad is not None]
+            self._rates = torch.tensor(self.train_step.rates(0), device=self.device)
             drawn, first = batches.draw(0), torch.arange(config.batch_size, device=self.device)
             parts |= {"data": lambda: batches.pick(drawn, first), "optimizer": self._update}
         self._parts = {name: Captured(part, self.device) if config.cuda_graph else part for name, part in parts.items()}
@@ -134,3 +132,12 @@ def endless(epoch: Callable[[int, int], Iterator[T]]) -> Iterator[T]:
     """Return what one epoch after the other yields."""
     for number in itertools.count():
         yield from epoch(number, 0)
+
+
+def random_images(shape: Sequence[int], count: int, classes: int) -> Dataset:
+    """Return images of one shape ``(C, H, W)`` with labels, all drawn at random, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    split = ImageData(images, labels, tuple(map(str, range(classes))))
+    return Dataset(split, split, (0.5,) * shape[0], (0.25,) * shape[0])

@@ -144,10 +144,7 @@ class _Run:
             procedure=self.procedure, teacher=self.teacher, average=self.average, recorder=self.recorder,
         )  # fmt: skip
         self.account = Account(device, self.processes, accelerator.process_index)
-        self.walk = walk_of(
-            self.step, self.train, self.account,
-            config=config, procedure=procedure, device=device, processes=self.processes,
-        )  # fmt: skip
+        self.walk = walk_of(self.step, self.train, self.account, procedure)
 
     def go(self, resume: bool) -> TrainResult:
         found = self.kept.resume() if resume else None

@@ -95,7 +95,7 @@ class TrainStep:
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the gradient of a batch in the parameters; return loss and logits, without gradient."""
-        if self.config.compile and not self._started:
+        if not self._started:
             # A quantizer that starts from its first batch does so eagerly: the code before it would be compiled for one step.
             self._started = all(module.ready for module in self.model.modules() if isinstance(module, StartsFromData))
         with self._rounding():

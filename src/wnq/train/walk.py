@@ -10,7 +10,6 @@ from wnq.data import Batches, StreamedBatches
 from wnq.procedures import Procedure
 from wnq.train.account import Account
 from wnq.train.captured import Captured
-from wnq.train.config import TrainConfig
 from wnq.train.step import TrainStep
 
 
@@ -106,31 +105,28 @@ def rates_on_device(optimizer: torch.optim.Optimizer, rates: Tensor) -> Generato
 
 
 def walk_of(
-    step: TrainStep,
-    batches: Batches | StreamedBatches,
-    account: Account,
-    *,
-    config: TrainConfig,
-    procedure: Procedure | None,
-    device: torch.device,
-    processes: int,
+    step: TrainStep, batches: Batches | StreamedBatches, account: Account, procedure: Procedure | None = None
 ) -> QueuedWalk | CapturedWalk:
-    """Return the way that the settings ask for.
+    """Return the way that the step's settings ask for.
+
+    Args:
+        step: one of a run.
+        batches: of the run.
+        account: of the run.
+        procedure: that the run was given.
 
     Raises:
         ValueError: ``cuda_graph`` with something that a graph cannot hold.
     """
-    if not config.cuda_graph:
+    if not step.config.cuda_graph:
         return QueuedWalk(step, batches, account)
-    reason = None
+    processes = step.accelerator.num_processes
     if procedure is not None:
         reason = f"procedure {procedure.settings['name']!r} acts on the host between the steps"
     elif processes > 1:
         reason = f"{processes} processes agree with each other in every step"
-    elif not isinstance(batches, Batches):
+    elif isinstance(batches, Batches):
+        return CapturedWalk(step, batches, account, step.accelerator.device)
+    else:
         reason = "the images are streamed by the host"
-    if reason is not None or not isinstance(batches, Batches):
-        raise ValueError(
-            f"cuda_graph captures steps that the device can take alone, but {reason}: set cuda_graph = false."
-        )
-    return CapturedWalk(step, batches, account, device)
+    raise ValueError(f"cuda_graph captures steps that the device can take alone, but {reason}: set cuda_graph = false.")
